@@ -1,0 +1,40 @@
+"""bilect: choose training data for language models by bilevel optimisation.
+
+After ``import bilect`` a saved score model loads with ``transformers.AutoModel.from_pretrained``.
+"""
+
+import importlib
+from typing import Any
+
+from bilect import _registration
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "BilectError": "bilect.errors",
+    "BilevelFit": "bilect.bilevel.offline",
+    "CausalLM": "bilect.models.causal_lm",
+    "Config": "bilect.config",
+    "FitConfig": "bilect.config",
+    "ScoreModel": "bilect.models.score_model",
+    "ScoreModelConfig": "bilect.models.score_model",
+    "load_causal_lm": "bilect.models.loading",
+    "load_config": "bilect.config",
+    "run": "bilect.pipeline",
+    "write_report": "bilect.report",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'bilect' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+_registration.register_with_transformers()

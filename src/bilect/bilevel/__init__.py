@@ -1,0 +1,1 @@
+"""The bilevel algorithms on top of ``bilect.functional``."""

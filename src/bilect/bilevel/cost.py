@@ -1,0 +1,46 @@
+"""Floating-point operations of a bilevel fit, counted from what each step does."""
+
+from transformers import PreTrainedModel
+
+from bilect.config import FitConfig
+from bilect.models.flops import forward_flops
+
+__all__ = ["fit_flops"]
+
+
+def fit_flops(
+    config: FitConfig,
+    proxy: PreTrainedModel,
+    score_model: PreTrainedModel,
+    target: PreTrainedModel | None,
+    *,
+    lower_length: float,
+    upper_length: float,
+) -> float:
+    """Operations of all steps of a fit; a backward pass counts as two forward passes.
+
+    Args:
+        config: of the fit.
+        proxy: theta_p.
+        score_model: theta_s.
+        target: theta_t, or None without divergence.
+        lower_length: mean tokens of a pool document.
+        upper_length: mean tokens of a target-set document.
+    """
+    lower_tokens = config.lower_batch_size * lower_length
+    upper_tokens = config.upper_batch_size * upper_length
+    lower = forward_flops(proxy, lower_tokens, lower_length)
+    upper = forward_flops(proxy, upper_tokens, upper_length)
+    score = forward_flops(score_model, lower_tokens, lower_length)
+    kl = forward_flops(target, lower_tokens, lower_length) if target is not None and config.kl_coef else 0.0
+    step = kl + 3 * score + 3 * lower * config.inner_steps
+    if config.hypergradient == "implicit":
+        products = 0 if config.solver in ("identity", "adam") else config.solver_steps
+        products += 1 / config.log_every if config.solver != "cg" else 0  # the residual that is logged
+        step += 3 * upper + 6 * lower * products
+        step += {"jvp": 2, "finite_difference": 2, "ghost": 3}[config.directional] * lower
+    else:
+        twins = 2 if config.baseline == "matched" else 1
+        twin_step = kl + score + 3 * upper + 3 * lower * twins
+        step += 2 * lower + config.reference_steps / config.sync_every * twin_step
+    return config.steps * step

@@ -1,0 +1,215 @@
+"""Objectives of the two levels on a batch, over all ranks: gradients, Hessian products, document losses.
+
+    g(theta) = sum_i P_i l_i(theta) + kl_coef * mean_n KL_n + l2_coef ||theta||^2      (lower)
+    f(theta) = mean_n ce_n                                                             (upper)
+
+Both are weighted sums over predicted tokens with constant weights, so one class serves. Sums run over the documents of
+all ranks: each rank holds its part of the batch, and every gradient is a sum over ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bilect.bilevel.ghost import directional_ghost
+from bilect.data.batch import Batch
+from bilect.functional.directional import (
+    directional_finite_difference,
+    directional_jvp,
+    hvp_exact,
+    hvp_finite_difference,
+)
+from bilect.functional.losses import Head, KLDirection, document_mean, token_losses, weighted_token_loss
+from bilect.functional.trees import Tree, TreeMap, add_scaled
+from bilect.models.causal_lm import CausalLM
+from bilect.runtime import distributed
+from bilect.runtime.device import autocast
+
+__all__ = ["Objective", "TargetOnBatch", "directional", "document_losses", "lower_objective", "target_on_batch", "upper_objective"]
+
+
+@dataclass(frozen=True)
+class TargetOnBatch:
+    """The target model's outlook on a batch, from its one forward pass: hidden states, and its head.
+
+    Logits follow chunk by chunk; held whole they would cost V/D times the memory.
+    """
+
+    hidden_NE: Tensor
+    head: Head
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``sum_n a_n ce_n + b_n kl_n + l2 ||theta||^2`` on one batch.
+
+    Attributes:
+        model: the proxy.
+        batch: this rank's documents.
+        ce_weight_N: a.
+        kl_weight_N: b, or None.
+        target: needed with b.
+        l2_coef: of the global objective (added once, not once per rank).
+        direction: of the divergence.
+    """
+
+    model: CausalLM
+    batch: Batch
+    ce_weight_N: Tensor
+    kl_weight_N: Tensor | None = None
+    target: TargetOnBatch | None = None
+    l2_coef: float = 0.0
+    direction: KLDirection = "target_to_proxy"
+
+    def gradient(self, params: Tree, bf16: bool = False) -> tuple[Tree, float, float]:
+        """Gradient, weighted cross-entropy and weighted divergence, all summed over the ranks.
+
+        Args:
+            params: theta.
+            bf16: matrix products in bfloat16.
+        """
+        leaves = {k: v.detach().requires_grad_() for k, v in params.items()}
+        with torch.enable_grad(), autocast(self.batch.input_ids_BT.device, bf16):
+            hidden_ND = self.batch.predicting(self.model.hidden(self.batch.input_ids_BT, leaves))
+            loss, tokens = weighted_token_loss(
+                hidden_ND,
+                self.model.head(leaves),
+                self.batch.labels_N,
+                self.ce_weight_N,
+                kl_weight_N=self.kl_weight_N,
+                target_hidden_NE=None if self.target is None else self.target.hidden_NE,
+                target_head=None if self.target is None else self.target.head,
+                direction=self.direction,
+            )
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        total = distributed.sum_tree(dict(zip(leaves, gradients, strict=True)))
+        if self.l2_coef:
+            total = add_scaled(total, params, 2 * self.l2_coef)
+        ce = float(torch.dot(self.ce_weight_N, tokens.ce_N.to(self.ce_weight_N.dtype)))
+        kl = 0.0
+        if self.kl_weight_N is not None and tokens.kl_N is not None:
+            kl = float(torch.dot(self.kl_weight_N, tokens.kl_N.to(self.kl_weight_N.dtype)))
+        return total, distributed.sum_scalar(ce), distributed.sum_scalar(kl)
+
+    def hvp(self, params: Tree, method: Literal["exact", "finite_difference"]) -> TreeMap:
+        """``v -> H v`` at theta, summed over the ranks; float32 or better throughout."""
+        params = {k: v.detach() for k, v in params.items()}
+        if method == "finite_difference":
+            return hvp_finite_difference(lambda p: self.gradient(p)[0], params)
+        local = hvp_exact(self._loss, params)
+
+        def product(v: Tree) -> Tree:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivatives
+                total = distributed.sum_tree(local(v))
+            return add_scaled(total, v, 2 * self.l2_coef) if self.l2_coef else total
+
+        return product
+
+    def _loss(self, params: Tree) -> Tensor:
+        """This rank's part without l2, differentiable to any order."""
+        tokens = token_losses(
+            self.batch.predicting(self.model.hidden(self.batch.input_ids_BT, params)),
+            self.model.head(params),
+            self.batch.labels_N,
+            target_hidden_NE=None if self.target is None else self.target.hidden_NE,
+            target_head=None if self.target is None else self.target.head,
+            direction=self.direction,
+        )
+        loss = torch.dot(self.ce_weight_N.to(tokens.ce_N.dtype), tokens.ce_N)
+        if self.kl_weight_N is not None and tokens.kl_N is not None:
+            loss = loss + torch.dot(self.kl_weight_N.to(tokens.kl_N.dtype), tokens.kl_N)
+        return loss
+
+
+def target_on_batch(target: CausalLM, batch: Batch, bf16: bool = False) -> TargetOnBatch:
+    """The one forward pass of the target model over a batch."""
+    with torch.no_grad(), autocast(batch.input_ids_BT.device, bf16):
+        hidden_NE = batch.predicting(target.hidden(batch.input_ids_BT))
+    head = target.head()
+    head = Head(head.weight_VD.detach(), None if head.bias_V is None else head.bias_V.detach(), head.scale, head.softcap)
+    if hidden_NE.dtype != head.weight_VD.dtype:
+        bias = None if head.bias_V is None else head.bias_V.to(hidden_NE.dtype)
+        head = Head(head.weight_VD.to(hidden_NE.dtype), bias, head.scale, head.softcap)
+    return TargetOnBatch(hidden_NE, head)
+
+
+def lower_objective(
+    model: CausalLM,
+    batch: Batch,
+    weight_B: Tensor,
+    *,
+    target: TargetOnBatch | None = None,
+    kl_coef: float = 0.0,
+    l2_coef: float = 0.0,
+    direction: KLDirection = "target_to_proxy",
+) -> Objective:
+    """g on a batch with the weights held fixed. The divergence is a mean over the global batch's predicted tokens.
+
+    Args:
+        model: the proxy.
+        batch: this rank's documents.
+        weight_B: P of this rank's documents (summing to 1 over all ranks).
+        target: see ``target_on_batch``; None for no divergence.
+        kl_coef: weight of the divergence.
+        l2_coef: weight of ``||theta||^2``.
+        direction: of the divergence.
+    """
+    kl_weight_N = None
+    if target is not None and kl_coef:
+        n_global = distributed.sum_scalar(batch.n_predicted)
+        kl_weight_N = torch.full_like(batch.labels_N, 0, dtype=torch.float64) + kl_coef / max(n_global, 1.0)
+    return Objective(
+        model,
+        batch,
+        batch.token_mean_weight_N(weight_B),
+        kl_weight_N,
+        target if kl_weight_N is not None else None,
+        l2_coef,
+        direction,
+    )
+
+
+def upper_objective(model: CausalLM, batch: Batch) -> Objective:
+    """f on a batch: the mean cross-entropy of its predicted tokens over all ranks."""
+    n_global = distributed.sum_scalar(batch.n_predicted)
+    return Objective(
+        model, batch, torch.full_like(batch.labels_N, 0, dtype=torch.float64) + 1.0 / max(n_global, 1.0)
+    )
+
+
+def document_losses(model: CausalLM, batch: Batch) -> Callable[[Tree], Tensor]:
+    """``theta -> l_B``: mean cross-entropy of each of this rank's documents, differentiable to any order."""
+
+    def losses(params: Tree) -> Tensor:
+        hidden_ND = batch.predicting(model.hidden(batch.input_ids_BT, params))
+        ce_N = token_losses(hidden_ND, model.head(params), batch.labels_N).ce_N
+        return document_mean(ce_N, batch.document_N, batch.n_documents)
+
+    return losses
+
+
+
+
+def directional(
+    model: CausalLM, batch: Batch, params: Tree, z: Tree, method: Literal["jvp", "finite_difference", "ghost"]
+) -> Tensor:
+    """``d_i = < grad l_i(theta), z >`` of each of this rank's documents.
+
+    Args:
+        model: the proxy.
+        batch: documents.
+        params: theta; for "ghost" the model's own.
+        z: direction.
+        method: forward mode, central differences, or one backward pass.
+    """
+    if method == "ghost":
+        return directional_ghost(model, batch, z)
+    losses = document_losses(model, batch)
+    if method == "finite_difference":
+        return directional_finite_difference(losses, params, z)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward mode
+        return directional_jvp(losses, params, z)

@@ -1,0 +1,270 @@
+"""One tree of settings: YAML, ``key=value`` overrides, defaults with their unit and source.
+
+An unknown key is an error that names the nearest known one.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bilect.errors import BilectError
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "FitConfig",
+    "ModelsConfig",
+    "SelectionConfig",
+    "TrainConfig",
+    "WarmupConfig",
+    "load_config",
+    "parse_config",
+]
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class SourceConfig(_Settings):
+    """One part of the pool or of a target set."""
+
+    path: str = Field(description="file, directory or glob: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt")
+    source: str | None = Field(None, description="label of its documents that carry none; default: the file's stem")
+
+
+class DataConfig(_Settings):
+    """Text and its tokens."""
+
+    lower_data: tuple[SourceConfig, ...] = Field(min_length=1, description="the pool to choose from")
+    upper_data: tuple[SourceConfig, ...] = Field(min_length=1, description="small target set: what good means")
+    heldout_data: tuple[SourceConfig, ...] = Field(min_length=1, description="for reporting only, never for choosing")
+    context: Positive = Field(1024, description="tokens; the paper uses 1024")
+    long_documents: Literal["truncate", "chunk"] = Field(
+        "truncate", description="documents of the pool longer than the context: keep the start, or cut into pieces"
+    )
+    tokenizer: str | None = Field(
+        None, description="directory, Hub name or tokenizer.json; None: trained on the pool unless a model brings one"
+    )
+    vocab_size: Annotated[int, Field(ge=300)] = Field(4096, description="ids of a tokenizer that is trained here")
+
+
+class ModelsConfig(_Settings):
+    """The three models: a preset, a directory, a Hub name, or an inline config with model_type."""
+
+    proxy: str | dict[str, Any] = Field("pythia-31m", description="small stand-in for the target (paper: 31M)")
+    target: str | dict[str, Any] = Field("pythia-410m", description="the model that is finally trained")
+    score_head: Literal["sigmoid", "linear"] = Field("sigmoid", description="sigmoid in the paper")
+
+
+class TrainConfig(_Settings):
+    """Plain training of a language model."""
+
+    steps: Positive = Field(10_000, description="optimiser steps per round (paper: 10k)")
+    batch_size: Positive = Field(16, description="documents per step and rank, accumulation included")
+    gradient_accumulation: Positive = 1
+    learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up (paper: constant)")
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    decay_steps: Annotated[int, Field(ge=0)] = Field(
+        200, description="for evaluation only, a copy is decayed to zero over so many steps (paper: 200)"
+    )
+    weight_decay: NonNegative = 0.1
+    grad_clip: PositiveFloat = 1.0
+    bf16: bool = False
+    report_to: tuple[str, ...] = Field((), description="trackers of the transformers Trainer, such as tensorboard")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "TrainConfig":
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of {self.gradient_accumulation}"
+                             " (gradient_accumulation)")  # fmt: skip
+        return self
+
+
+class WarmupConfig(_Settings):
+    """Round 0: proxy and target train on random documents of the pool."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.25, description="of the pool, set aside for the warm-up; the rest is divided between the rounds"
+    )
+    proxy: TrainConfig = TrainConfig(decay_steps=0)
+    target: TrainConfig = TrainConfig()
+
+
+class FitConfig(_Settings):
+    """The bilevel fit of the score model."""
+
+    steps: Positive = Field(3000, description="score-model steps per round (paper: 3000)")
+    sample_fraction: Fraction = Field(
+        1.0, description="share of the shard that the fit draws its lower batches from (paper: 0.001 of C4)"
+    )
+    lower_batch_size: Annotated[int, Field(ge=2)] = Field(16, description="documents, over all ranks")
+    upper_batch_size: Positive = Field(16, description="documents, over all ranks")
+    inner_steps: Positive = Field(1, description="proxy steps per score step (paper: 1 or 5)")
+    proxy_learning_rate: PositiveFloat = Field(1e-5, description="paper: 1e-5")
+    score_learning_rate: PositiveFloat = Field(1e-5, description="paper: 1e-5")
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="of the cosine schedule (paper: 0.1)")
+    weight_decay: NonNegative = 0.01
+    grad_clip: PositiveFloat = Field(1.0, description="of proxy and score model (paper: 1.0)")
+    weighting: Literal["softmax", "naive"] = Field("softmax", description="over the global batch (paper: softmax)")
+    standardise: bool = Field(True, description="bring d to deviation 1 per batch; ours, see docs/design.md")
+    kl_coef: NonNegative = Field(0.1, description="divergence from the target (paper: 1e-2..5e-1); 0 is off")
+    kl_direction: Literal["target_to_proxy", "proxy_to_target"] = Field(
+        "target_to_proxy", description="as in the released code; the paper prints the other"
+    )
+    l2_coef: NonNegative = Field(1e-7, description="paper: 1e-7")
+    hypergradient: Literal["implicit", "penalty"] = "implicit"
+    # implicit
+    solver: Literal["identity", "adam", "neumann", "cg", "sgd"] = "adam"
+    solver_steps: Positive = Field(3, description="Hessian products of neumann, cg and sgd (paper: 3)")
+    solver_step_size: PositiveFloat = Field(1e-2, description="of neumann and sgd (paper: 1e-2)")
+    damping: NonNegative = Field(0.0, description="added to the Hessian's diagonal")
+    hvp: Literal["exact", "finite_difference"] = "finite_difference"
+    directional: Literal["jvp", "finite_difference", "ghost"] = "finite_difference"
+    # penalty
+    baseline: Literal["matched", "model"] = Field("matched", description="m: the matched twin, or the model itself")
+    penalty: PositiveFloat = Field(1.0, description="lambda")
+    sync_every: Positive = Field(20, description="score steps between two synchronisations of the twins")
+    reference_steps: Positive = Field(10, description="K, steps of the twins at each synchronisation")
+    reference_learning_rate: PositiveFloat | None = Field(None, description="of the twins; None: the proxy's")
+    bf16: bool = Field(False, description="forward passes and inner steps in bfloat16; solves stay float32")
+    log_every: Positive = Field(10, description="score steps between two measurements of the solver's residual")
+    target_micro_batch: Positive = Field(16, description="documents per forward pass of the target model")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FitConfig":
+        if self.reference_steps > 10 * self.steps:
+            raise ValueError("reference_steps is more than ten times the steps of the fit")
+        return self
+
+
+class SelectionConfig(_Settings):
+    """How much of a scored shard is kept; exactly one of the two."""
+
+    keep_ratio: Fraction | None = Field(0.2, description="share of the tokens (paper: 0.2)")
+    budget_tokens: Positive | None = Field(None, description="tokens per round")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("budget_tokens") is not None:
+            if values.get("keep_ratio") is not None:
+                raise ValueError("give keep_ratio or budget_tokens, not both")
+            return {**values, "keep_ratio": None}
+        return values
+
+
+class Config(_Settings):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataConfig
+    models: ModelsConfig = ModelsConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    fit: FitConfig = FitConfig()
+    selection: SelectionConfig = SelectionConfig()
+    training: TrainConfig = TrainConfig()
+    rounds: Positive = Field(1, description="R (paper: 4)")
+    reset_proxy: bool = Field(True, description="every round starts from the warmed-up proxy (paper: yes)")
+    carry_score_model: bool = Field(True, description="the score model carries over between rounds (paper: yes)")
+    controls: tuple[Literal["random", "full"], ...] = Field(
+        ("random",), description="arms trained on the same number of tokens for comparison"
+    )
+    score_batch_tokens: Positive = Field(8192, description="tokens per scoring batch and per evaluation batch")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
+
+    @model_validator(mode="after")
+    def _weights(self) -> "Config":
+        if self.fit.weighting == "naive" and self.models.score_head != "sigmoid":
+            raise ValueError("naive weighting needs positive scores: set models.score_head=sigmoid")
+        return self
+
+
+def _known_keys(model: type[BaseModel], at: Sequence[Any]) -> list[str]:
+    for key in at:
+        field = model.model_fields.get(str(key))
+        if field is None:
+            continue
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for candidate in candidates:
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(p) for p in first["loc"]) or "config"
+    if first["type"] == "extra_forbidden":
+        name = str(first["loc"][-1])
+        known = _known_keys(Config, first["loc"][:-1])
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {where!r}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{where}: {message}{shown}"
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """A checked config from plain values.
+
+    Raises:
+        BilectError: one line that names the first wrong setting.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise BilectError(_explain(error)) from error
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """A config from a YAML file and ``key.path=value`` overrides (values are YAML).
+
+    Raises:
+        BilectError: no such file, not YAML, or a wrong setting.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BilectError(f"config: cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BilectError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise BilectError(f"config: {path} must hold a mapping of settings")
+    return parse_config(apply_overrides(values, overrides))
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``values`` with ``key.path=value`` settings put in.
+
+    Raises:
+        BilectError: an override without ``=``, or through something that is no mapping.
+    """
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key.strip():
+            raise BilectError(f"--set {override}: expected key=value")
+        node = values
+        *path, last = key.strip().split(".")
+        for part in path:
+            inner = node.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise BilectError(f"--set {override}: {part!r} is not a group of settings")
+            node = inner
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise BilectError(f"--set {override}: the value is not valid YAML") from error
+    return values

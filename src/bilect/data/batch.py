@@ -1,0 +1,106 @@
+"""A batch of documents, padded on the right, with the predicted tokens listed once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["IGNORE", "Batch", "make_batch"]
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B documents of at most T tokens.
+
+    Attributes:
+        input_ids_BT: tokens, padded on the right.
+        target_BT: the token each position predicts (the next one), ``IGNORE`` where there is none to learn: at
+            padding, at a document's last token and within prompts.
+        length_B: real tokens of each document.
+    """
+
+    input_ids_BT: Tensor
+    target_BT: Tensor
+    length_B: Tensor
+
+    def __post_init__(self) -> None:
+        _ = self.labels_N  # not on first use: inside a functional transform, whose tensors must not outlive it
+
+    @property
+    def n_documents(self) -> int:
+        """B."""
+        return int(self.input_ids_BT.shape[0])
+
+    @cached_property
+    def mask_BT(self) -> Tensor:
+        """1 at real tokens."""
+        positions_T = torch.arange(self.input_ids_BT.shape[1], device=self.length_B.device)
+        return (positions_T[None] < self.length_B[:, None]).long()
+
+    @cached_property
+    def _where(self) -> tuple[Tensor, Tensor]:
+        rows, columns = torch.nonzero(self.target_BT != IGNORE, as_tuple=True)
+        return rows, columns
+
+    @property
+    def document_N(self) -> Tensor:
+        """Document of each predicted token."""
+        return self._where[0]
+
+    @cached_property
+    def labels_N(self) -> Tensor:
+        """The predicted tokens."""
+        return self.target_BT[self._where]
+
+    @property
+    def n_predicted(self) -> int:
+        """N."""
+        return int(self.labels_N.shape[0])
+
+    @cached_property
+    def predicted_B(self) -> Tensor:
+        """Predicted tokens of each document."""
+        return torch.bincount(self.document_N, minlength=self.n_documents)
+
+    def predicting(self, hidden_BTD: Tensor) -> Tensor:
+        """Hidden states at the positions that predict a token, (N, D)."""
+        return hidden_BTD[self._where]
+
+    def token_mean_weight_N(self, weight_B: Tensor | None = None) -> Tensor:
+        """Weights a_n with ``sum_n a_n ce_n = sum_i weight_i l_i``; weight 1 for every document by default."""
+        inverse_B = 1.0 / self.predicted_B.clamp(min=1).double()
+        if weight_B is not None:
+            inverse_B = inverse_B * weight_B.double()
+        return inverse_B[self.document_N]
+
+    def rows(self, part: slice) -> "Batch":
+        """Some of the documents."""
+        return Batch(self.input_ids_BT[part], self.target_BT[part], self.length_B[part])
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch elsewhere."""
+        return Batch(self.input_ids_BT.to(device), self.target_BT.to(device), self.length_B.to(device))
+
+
+def make_batch(documents: Sequence[tuple[Tensor, int]], pad_id: int, multiple: int = 8) -> Batch:
+    """Pad documents on the right to a common length.
+
+    Args:
+        documents: token ids of each, and the number of its leading tokens that are given, not learned (a prompt; the
+            first token of a document is never predicted).
+        pad_id: fills the rest.
+        multiple: T is rounded up to it.
+    """
+    length_B = torch.tensor([len(ids) for ids, _ in documents])
+    width = -(-int(length_B.max()) // multiple) * multiple
+    input_ids_BT = torch.full((len(documents), width), pad_id, dtype=torch.long)
+    target_BT = torch.full_like(input_ids_BT, IGNORE)
+    for row, (ids, n_given) in enumerate(documents):
+        input_ids_BT[row, : len(ids)] = ids
+        first = max(n_given, 1)
+        target_BT[row, first - 1 : len(ids) - 1] = ids[first:]
+    return Batch(input_ids_BT, target_BT, length_B)

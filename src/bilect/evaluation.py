@@ -1,0 +1,83 @@
+"""Held-out loss and perplexity per token, and accuracy on the responses of prompt/response sets."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from bilect.data.batch import make_batch
+from bilect.data.loading import length_bucketed
+from bilect.data.tokens import TokenStore
+from bilect.functional.losses import document_mean, token_losses
+from bilect.models.causal_lm import CausalLM
+
+__all__ = ["Evaluation", "document_losses", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one model on one set.
+
+    Attributes:
+        loss: mean cross-entropy per predicted token, nats.
+        perplexity: exp(loss).
+        accuracy: share of the documents whose whole response is the most likely continuation, token by token; None
+            where the set has no prompts. For LAMBADA this is the last-word accuracy.
+        documents: number of documents.
+        tokens: number of predicted tokens.
+    """
+
+    loss: float
+    perplexity: float
+    accuracy: float | None
+    documents: int
+    tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, store: TokenStore, pad_id: int, batch_tokens: int = 8192) -> Evaluation:
+    """Evaluate a model on all documents of a store.
+
+    Args:
+        model: a causal LM.
+        store: the set; the loss is on the response only where there is a prompt.
+        pad_id: padding token.
+        batch_tokens: padded tokens per batch.
+    """
+    lm = CausalLM(model)
+    total, tokens, right = 0.0, 0, 0
+    for rows in length_bucketed(store.length_R, np.arange(len(store)), batch_tokens):
+        batch = make_batch(store.rows(rows), pad_id).to(lm.device)
+        hidden_ND = batch.predicting(lm.hidden(batch.input_ids_BT))
+        total += float(token_losses(hidden_ND, lm.head(), batch.labels_N).ce_N.double().sum())
+        tokens += batch.n_predicted
+        if store.has_prompts:
+            guess_N = torch.cat([lm.head().logits(h).argmax(dim=-1) for h in hidden_ND.split(1024)])
+            wrong_B = torch.bincount(batch.document_N, (guess_N != batch.labels_N).double(), batch.n_documents)
+            right += int((wrong_B == 0).sum())
+    loss = total / max(tokens, 1)
+    accuracy = right / len(store) if store.has_prompts else None
+    return Evaluation(loss, math.exp(min(loss, 700.0)), accuracy, len(store), tokens)
+
+
+@torch.no_grad()
+def document_losses(
+    model: PreTrainedModel, store: TokenStore, rows: np.ndarray, pad_id: int, batch_tokens: int = 8192
+) -> np.ndarray:
+    """Mean cross-entropy of each document, in the order of ``rows``."""
+    lm = CausalLM(model)
+    losses = {}
+    for part in length_bucketed(store.length_R, rows, batch_tokens):
+        batch = make_batch(store.rows(part), pad_id).to(lm.device)
+        hidden_ND = batch.predicting(lm.hidden(batch.input_ids_BT))
+        ce_N = token_losses(hidden_ND, lm.head(), batch.labels_N).ce_N
+        loss_B = document_mean(ce_N, batch.document_N, batch.n_documents)
+        losses.update(zip(part.tolist(), loss_B.tolist(), strict=True))
+    return np.array([losses[int(r)] for r in rows])

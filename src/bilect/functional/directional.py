@@ -1,0 +1,77 @@
+"""Directional derivatives of document losses, and Hessian products, without per-document gradients.
+
+For document losses ``l_i(theta)`` and a direction z,
+
+    d_i = < grad l_i(theta), z >
+
+is all the hypergradient needs (methods: forward mode, central differences, and in ``ghost.py`` one backward pass).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bilect.functional.trees import Tree, TreeMap, add_scaled, norm, scale, sub
+
+__all__ = ["central_step", "directional_finite_difference", "directional_jvp", "hvp_exact", "hvp_finite_difference"]
+
+
+def central_step(params: Tree, z: Tree, relative: float | None = None) -> float:
+    """Step eps of a central difference: ``eps ||z|| = relative * max(||theta||, 1)``.
+
+    ``relative`` defaults to 1e-4 in float32 and 1e-6 in float64, where rounding and truncation balance for language
+    models (docs/results_log.md). Returns 0 for ``z = 0``.
+    """
+    if relative is None:
+        relative = 1e-6 if next(iter(params.values())).dtype == torch.float64 else 1e-4
+    with torch.no_grad():
+        length, size = float(norm(z)), float(norm(params))
+    return relative * max(size, 1.0) / length if length > 0 else 0.0
+
+
+def directional_jvp(losses: Callable[[Tree], Tensor], params: Tree, z: Tree) -> Tensor:
+    """``d_B`` exactly, by forward-mode differentiation: one pass that carries values and tangents.
+
+    Args:
+        losses: maps parameters to document losses (B,); must use kernels that have forward-mode derivatives.
+        params: theta.
+        z: direction.
+    """
+    return torch.func.jvp(losses, (params,), (z,))[1]
+
+
+def directional_finite_difference(
+    losses: Callable[[Tree], Tensor], params: Tree, z: Tree, relative: float | None = None
+) -> Tensor:
+    """``d_i = [l_i(theta + eps z) - l_i(theta - eps z)] / 2 eps``: two forward passes, any attention kernel.
+
+    Error O(eps^2) from truncation and O(precision / eps) from rounding.
+    """
+    eps = central_step(params, z, relative)
+    if eps == 0:
+        return torch.zeros_like(losses(params))
+    with torch.no_grad():
+        return (losses(add_scaled(params, z, eps)) - losses(add_scaled(params, z, -eps))) / (2 * eps)
+
+
+def hvp_exact(loss: Callable[[Tree], Tensor], params: Tree) -> TreeMap:
+    """``v -> H v`` by forward-over-reverse differentiation of a scalar loss; needs twice-differentiable kernels."""
+    gradient = torch.func.grad(loss)
+
+    def product(v: Tree) -> Tree:
+        return torch.func.jvp(gradient, (params,), (v,))[1]
+
+    return product
+
+
+def hvp_finite_difference(gradient: TreeMap, params: Tree, relative: float | None = None) -> TreeMap:
+    """``v -> [grad g(theta + eps v) - grad g(theta - eps v)] / 2 eps``: two gradients, any kernel."""
+
+    def product(v: Tree) -> Tree:
+        eps = central_step(params, v, relative)
+        if eps == 0:
+            return {k: torch.zeros_like(x) for k, x in v.items()}
+        return scale(sub(gradient(add_scaled(params, v, eps)), gradient(add_scaled(params, v, -eps))), 1 / (2 * eps))
+
+    return product

@@ -1,0 +1,146 @@
+"""Solvers of ``(H + damping I) z = b`` for the implicit hypergradient.
+
+H is the Hessian of the lower objective and b the gradient of the upper one. Each solver sees H only through
+``hvp(v) = H v`` and returns the same ``Solution``; ``residual`` is the true relative residual
+``||(H + damping I) z - b|| / ||b||`` where the solver knows it, else None (``relative_residual`` measures it).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilect.functional.trees import Tree, TreeMap, add_scaled, dot, norm, scale, sub, zeros_like
+
+__all__ = ["Solution", "adam", "cg", "identity", "neumann", "relative_residual", "sgd"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """``z``, the number of Hessian products spent, the relative residual if known, and a note of a fallback."""
+
+    z: Tree
+    products: int
+    residual: float | None = None
+    note: str = ""
+
+
+def _damped(hvp: TreeMap, damping: float) -> TreeMap:
+    return hvp if damping == 0 else (lambda v: add_scaled(hvp(v), v, damping))
+
+
+def relative_residual(hvp: TreeMap, b: Tree, z: Tree, damping: float = 0.0) -> float:
+    """``||(H + damping I) z - b|| / ||b||``; one Hessian product."""
+    size = float(norm(b))
+    return float(norm(sub(_damped(hvp, damping)(z), b))) / size if size > 0 else 0.0
+
+
+def identity(b: Tree) -> Solution:
+    """``z = b``: the influence of one plain gradient step; no Hessian product."""
+    return Solution(b, 0)
+
+
+def adam(b: Tree, second_moment: Tree, eps: float = 1e-8) -> Solution:
+    """``z = b / (sqrt(v) + eps)``: the local curvature an Adam-trained lower level sees (SAMA, arXiv 2310.05674).
+
+    Args:
+        b: gradient of the upper objective.
+        second_moment: v, bias-corrected second moments of the lower optimiser.
+        eps: of the lower optimiser.
+    """
+    return Solution({k: v / (second_moment[k].sqrt() + eps) for k, v in b.items()}, 0)
+
+
+def neumann(hvp: TreeMap, b: Tree, *, steps: int, step_size: float, damping: float = 0.0) -> Solution:
+    """``z = eta sum_{k=0..K} (I - eta (H + damping I))^k b``; converges for ``0 < eta < 2 / lambda_max``.
+
+    Args:
+        hvp: Hessian product.
+        b: right-hand side.
+        steps: K, the number of Hessian products.
+        step_size: eta.
+        damping: added to the diagonal.
+    """
+    product = _damped(hvp, damping)
+    term, total = b, b
+    for _ in range(steps):
+        term = add_scaled(term, product(term), -step_size)
+        total = add_scaled(total, term)
+    # (H + damping) z - b = -(I - eta (H + damping))^(K+1) b: the next term of the series, not known without a product
+    return Solution(scale(total, step_size), steps)
+
+
+def cg(hvp: TreeMap, b: Tree, *, steps: int, damping: float = 0.0, tolerance: float = 1e-10) -> Solution:
+    """Conjugate gradients from zero, at most ``steps`` products.
+
+    Where a direction of non-positive curvature turns up (``p' A p <= 0``: the Hessian of a neural network is
+    indefinite) the current iterate is returned; at the first product that is ``b`` itself, the identity solver.
+
+    Args:
+        hvp: Hessian product.
+        b: right-hand side.
+        steps: greatest number of Hessian products.
+        damping: added to the diagonal.
+        tolerance: stop once the relative residual is below.
+    """
+    product = _damped(hvp, damping)
+    z, residual, direction = zeros_like(b), b, b
+    rr = dot(residual, residual)
+    size = float(rr.sqrt())
+    if size == 0:
+        return Solution(z, 0, 0.0)
+    for k in range(steps):
+        image = product(direction)
+        curvature = dot(direction, image)
+        if float(curvature) <= 0:
+            if k == 0:
+                return Solution(b, 1, float(norm(sub(image, b))) / size, "negative curvature: identity")
+            return Solution(z, k + 1, float(rr.sqrt()) / size, f"negative curvature after {k} steps")
+        alpha = rr / curvature
+        z = add_scaled(z, direction, alpha)
+        residual = add_scaled(residual, image, -alpha)
+        rr_next = dot(residual, residual)
+        if float(rr_next.sqrt()) <= tolerance * size:
+            return Solution(z, k + 1, float(rr_next.sqrt()) / size)
+        direction = add_scaled(residual, direction, rr_next / rr)
+        rr = rr_next
+    return Solution(z, steps, float(rr.sqrt()) / size)
+
+
+def sgd(
+    hvp: TreeMap,
+    b: Tree,
+    *,
+    steps: int = 3,
+    step_size: float = 1e-2,
+    clip: float | None = 1.0,
+    damping: float = 0.0,
+    start: Tree | None = None,
+) -> Solution:
+    """Gradient descent on ``1/2 z'(H + damping I)z - b'z``, as published: few steps, each tensor's gradient clipped.
+
+    ``z <- z - step_size * clip((H + damping I) z - b)``; the start is ``1 / numel`` in every entry (numel of the
+    whole tree) unless given. BLISS, arXiv 2510.06048, section 3; kept because the paper uses it, not for its accuracy.
+
+    Args:
+        hvp: Hessian product.
+        b: right-hand side.
+        steps: number of steps, one Hessian product each.
+        step_size: of each step.
+        clip: greatest norm of each tensor of the gradient, or None.
+        damping: added to the diagonal.
+        start: first z.
+    """
+    product = _damped(hvp, damping)
+    numel = sum(v.numel() for v in b.values())
+    z = {k: torch.full_like(v, 1.0 / numel) for k, v in b.items()} if start is None else start
+    for _ in range(steps):
+        gradient = sub(product(z), b)
+        if clip is not None:
+            gradient = {k: _clip(v, clip) for k, v in gradient.items()}
+        z = add_scaled(z, gradient, -step_size)
+    return Solution(z, steps)
+
+
+def _clip(x: Tensor, limit: float) -> Tensor:
+    return x * torch.clamp(limit / x.norm().clamp(min=torch.finfo(x.dtype).tiny), max=1.0)

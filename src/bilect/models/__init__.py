@@ -1,0 +1,1 @@
+"""Models: any Hugging Face causal LM, the presets, and the score model."""

@@ -1,0 +1,90 @@
+"""A causal LM seen as trunk and head, so that logits need never exist for a whole batch."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from bilect.errors import BilectError
+from bilect.functional.losses import Head
+from bilect.functional.trees import Tree
+
+__all__ = ["CausalLM"]
+
+
+class CausalLM:
+    """``logits = head(trunk(input_ids))`` for any Hugging Face causal LM, with its own or with given parameters.
+
+    Batches are padded on the right, so a causal trunk needs no attention mask: real positions never see padding.
+    The split is checked once against the model's own logits.
+
+    Attributes:
+        model: the wrapped model, in evaluation mode (no dropout).
+
+    Raises:
+        BilectError: the model has no trunk or head of the usual form.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval()
+        head = model.get_output_embeddings()
+        trunk = getattr(model, model.base_model_prefix, None)
+        if head is None or trunk is None or not hasattr(head, "weight"):
+            raise BilectError(f"{type(model).__name__} is not a causal LM with a trunk and an output embedding")
+        self.trunk: nn.Module = trunk
+        self._prefix = model.base_model_prefix + "."
+        names = {id(p): n for n, p in model.named_parameters()}
+        self._weight_name = names[id(head.weight)]
+        bias = getattr(head, "bias", None)
+        self._bias_name = None if bias is None else names[id(bias)]
+        text_config = model.config.get_text_config()
+        self._softcap = getattr(text_config, "final_logit_softcapping", None)
+        self._scale = float(getattr(text_config, "logit_scale", None) or 1.0)
+        if getattr(text_config, "logits_scaling", None):
+            self._scale /= float(text_config.logits_scaling)
+        self._check()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.model.device
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of rows of the output head."""
+        return int(self.head().weight_VD.shape[0])
+
+    def params(self) -> Tree:
+        """The parameters themselves, by name; tied tensors once."""
+        return dict(self.model.named_parameters())
+
+    def hidden(self, input_ids_BT: Tensor, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Last hidden states (B, T, D)."""
+        inputs = {"input_ids": input_ids_BT, "use_cache": False}
+        if params is None:
+            return self.trunk(**inputs).last_hidden_state
+        own = {k.removeprefix(self._prefix): v for k, v in params.items() if k.startswith(self._prefix)}
+        return functional_call(self.trunk, own, (), inputs).last_hidden_state
+
+    def head(self, params: Mapping[str, Tensor] | None = None) -> Head:
+        """The output head."""
+        tree = self.params() if params is None else params
+        bias = None if self._bias_name is None else tree[self._bias_name]
+        return Head(tree[self._weight_name], bias, self._scale, self._softcap)
+
+    @property
+    def head_names(self) -> list[str]:
+        """Names of the head's parameters."""
+        return [self._weight_name] + ([] if self._bias_name is None else [self._bias_name])
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        ids = torch.arange(1, 5, device=self.device)[None] % self.vocabulary
+        theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        ours = self.head().logits(self.hidden(ids)[0]).float()
+        if not torch.allclose(theirs, ours, rtol=2e-2, atol=2e-2):
+            raise BilectError(
+                f"{type(self.model).__name__} transforms its logits in a way bilect does not know; use another model"
+            )

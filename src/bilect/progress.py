@@ -1,0 +1,100 @@
+"""Live progress: one line per stage, with a bar, speed and the latest figures."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Protocol
+
+__all__ = ["Progress", "RichProgress", "SilentProgress", "Task"]
+
+
+class Task(Protocol):
+    """One running stage."""
+
+    def advance(self, amount: float = 1, **figures: float | None) -> None:
+        """Move on by ``amount``, showing the latest figures."""
+
+
+class Progress(Protocol):
+    """What stages report to."""
+
+    def task(self, name: str, total: float | None = None) -> Any:
+        """Context manager of a ``Task``."""
+
+    def note(self, text: str) -> None:
+        """One line for the reader."""
+
+
+class _Silent:
+    def advance(self, amount: float = 1, **figures: float | None) -> None:
+        pass
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    @contextmanager
+    def task(self, name: str, total: float | None = None) -> Iterator[Task]:
+        """A task that shows nothing."""
+        yield _Silent()
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+class _RichTask:
+    def __init__(self, owner: "RichProgress", name: str, total: float | None) -> None:
+        self.owner, self.name, self.figures = owner, name, ""
+        self.id = owner.bars.add_task(name, total=total, figures="")
+
+    def advance(self, amount: float = 1, **figures: float | None) -> None:
+        shown = "  ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in figures.items() if v is not None)
+        self.figures = shown or self.figures
+        self.owner.bars.update(self.id, advance=amount, figures=self.figures)
+
+
+class RichProgress:
+    """A live display on a terminal; one line per finished stage elsewhere. Use as a context manager."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self.bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}", style="dim"),
+            console=self.console,
+            transient=True,
+        )
+
+    def __enter__(self) -> "RichProgress":
+        if self.console.is_terminal:
+            self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.bars.stop()
+
+    @contextmanager
+    def task(self, name: str, total: float | None = None) -> Iterator[Task]:
+        """A bar while the stage runs, a line when it is done."""
+        start = time.perf_counter()
+        task = _RichTask(self, name, total)
+        if not self.console.is_terminal:
+            self.console.print(f"  [dim]...[/dim] {name}")
+        try:
+            yield task
+            seconds = time.perf_counter() - start
+            self.console.print(f"  [green]done[/green] {name:<30} {seconds:7.1f} s   [dim]{task.figures}[/dim]")
+        finally:
+            self.bars.remove_task(task.id)
+
+    def note(self, text: str) -> None:
+        """One line, above the bars."""
+        self.console.print(text)

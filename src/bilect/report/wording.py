@@ -1,0 +1,124 @@
+"""How numbers and the verdict are put into words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bilect.report.inputs import Json, mapping, number
+
+DASH = "–"
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def decimal(value: object, digits: int = 4) -> str:
+    """Fixed decimals with a true minus sign; a dash for what is not a finite number."""
+    plain = number(value)
+    return DASH if plain is None else f"{plain:,.{digits}f}".replace("-", "−")
+
+
+def signed(value: object, digits: int = 4) -> str:
+    """A difference: the sign always shown."""
+    plain = number(value)
+    return DASH if plain is None else f"{plain:+,.{digits}f}".replace("-", "−")
+
+
+def whole(value: object) -> str:
+    """A count, in groups of three."""
+    plain = number(value)
+    return DASH if plain is None else f"{plain:,.0f}".replace("-", "−")
+
+
+def compact(value: object) -> str:
+    """Whole numbers whole, others to four significant digits."""
+    plain = number(value)
+    if plain is None:
+        return DASH
+    return whole(plain) if plain == int(plain) and abs(plain) < 1e15 else f"{plain:.4g}".replace("-", "−")
+
+
+def percent(value: object) -> str:
+    """A share as a percentage with one decimal."""
+    plain = number(value)
+    return DASH if plain is None else f"{plain:.1%}".replace("-", "−")
+
+
+def power(value: object) -> str:
+    """1.23 × 10¹⁵, for FLOPs."""
+    plain = number(value)
+    if plain is None:
+        return DASH
+    if abs(plain) < 1e4:
+        return compact(plain)
+    mantissa, _, exponent = f"{plain:.2e}".partition("e")
+    return f"{mantissa} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}".replace("-", "−")
+
+
+def duration(value: object) -> str:
+    """Seconds as 1 h 02 min, 3 min 12 s or 4.2 s."""
+    plain = number(value)
+    if plain is None or plain < 0:
+        return DASH
+    if plain < 59.95:
+        return f"{plain:.1f} s"
+    minutes, seconds = divmod(round(plain), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def tokens_of(arm: str, tokens: object) -> float | None:
+    """Tokens the arm trained on, wherever the summary's `tokens` keeps a number under the arm's name."""
+    level = [mapping(tokens)]
+    while level:
+        for group in level:
+            if (found := number(group.get(arm))) is not None:
+                return found
+        level = [mapping(item) for group in level for item in group.values() if isinstance(item, dict)]
+    return None
+
+
+def verdict(losses: Mapping[str, float], tokens: Json) -> tuple[str, str]:
+    """(better | worse | equal | unknown, the sentence): bilect's held-out loss against random selection's."""
+    if "bliss" not in losses or "random" not in losses:
+        absent = " and ".join(
+            word for arm, word in (("bliss", "bilect’s"), ("random", "random selection’s")) if arm not in losses
+        )
+        return "unknown", f"No verdict: {absent} held-out loss is missing."
+    ours, random = losses["bliss"], losses["random"]
+    difference = ours - random
+    our_tokens, their_tokens = tokens_of("bliss", tokens), tokens_of("random", tokens)
+    if our_tokens is None or their_tokens is None:
+        terms = "how many tokens each trained on was not recorded"
+    elif abs(our_tokens - their_tokens) <= 0.01 * max(our_tokens, their_tokens):
+        terms = "at equal training tokens"
+    else:
+        terms = f"but not at equal tokens: {whole(our_tokens)} against {whole(their_tokens)}"
+    numbers = f"{decimal(ours)} against {decimal(random)} nats per token"
+    if abs(difference) < 5e-5:
+        return "equal", f"bilect made no difference: its held-out loss equals random selection’s, {numbers}, {terms}."
+    rest = f"than random selection’s: {numbers}, {terms}."
+    if difference < 0:
+        return "better", f"bilect’s held-out loss is {abs(difference):.4f} lower (better) {rest}"
+    return "worse", f"bilect did not help: its held-out loss is {abs(difference):.4f} higher (worse) {rest}"
+
+
+def fidelity(rows: list[Json]) -> str:
+    """What the last round's rank correlations mean, in one sentence."""
+    loss = number(rows[-1].get("loss_rank_correlation")) if rows else None
+    change = number(rows[-1].get("change_rank_correlation")) if rows else None
+    parts = [
+        f"{what} {_strength(value)} ({decimal(value, 2)})"
+        for what, value in (
+            ("which documents are hard", loss),
+            ("which documents were learnt during the round", change),
+        )
+        if value is not None
+    ]
+    return f"In the last round proxy and target agree on {' and on '.join(parts)}." if parts else ""
+
+
+def _strength(value: float) -> str:
+    if value >= 0.7:
+        return "closely"
+    if value >= 0.4:
+        return "in part"
+    return "hardly" if value >= 0.1 else "not at all"

@@ -1,0 +1,1 @@
+"""Where things run: devices, precision, ranks."""

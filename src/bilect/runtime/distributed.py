@@ -1,0 +1,106 @@
+"""Data parallelism over ``torch.distributed``; every function is the identity on a single rank.
+
+The only module that talks to ``torch.distributed``. Launch with ``torchrun``; ``start`` joins the process group.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bilect.functional.trees import Tree
+
+__all__ = ["barrier", "gather_rows", "is_main", "own_part", "rank", "start", "sum_scalar", "sum_tree", "world_size"]
+
+Item = TypeVar("Item")
+
+
+def start() -> None:
+    """Join the process group if launched by ``torchrun``: gloo on CPUs, NCCL on GPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this rank."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this rank writes shared files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def own_part(items: Sequence[Item]) -> Sequence[Item]:
+    """This rank's contiguous part of a global batch; parts differ by at most one item."""
+    base, extra = divmod(len(items), world_size())
+    first = rank() * base + min(rank(), extra)
+    return items[first : first + base + (rank() < extra)]
+
+
+def gather_rows(x_B: Tensor) -> tuple[Tensor, slice]:
+    """All ranks' rows in rank order, parts of any sizes, and the place of the own ones.
+
+    Args:
+        x_B: (B,) of this rank, constant.
+
+    Returns:
+        (M,) and the slice of it that is ``x_B``.
+    """
+    x_B = x_B.detach().contiguous()
+    if world_size() == 1:
+        return x_B, slice(0, len(x_B))
+    sizes = [torch.zeros(1, dtype=torch.long, device=x_B.device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(x_B)], device=x_B.device))
+    lengths = [int(s) for s in sizes]
+    padded = torch.zeros(max(lengths), dtype=x_B.dtype, device=x_B.device)
+    padded[: len(x_B)] = x_B
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    first = sum(lengths[: rank()])
+    return torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)]), slice(first, first + len(x_B))
+
+
+def sum_tree(tree: Tree) -> Tree:
+    """Sum over the ranks, one all-reduce per dtype."""
+    if world_size() == 1:
+        return tree
+    flat = torch.cat([v.reshape(-1) for v in tree.values()])
+    dist.all_reduce(flat)
+    pieces = flat.split([v.numel() for v in tree.values()])
+    return {k: p.view_as(v).to(v.dtype) for (k, v), p in zip(tree.items(), pieces, strict=True)}
+
+
+def sum_scalar(value: float) -> float:
+    """Sum of a number over the ranks."""
+    if world_size() == 1:
+        return value
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Run ``action`` on the main rank while the others wait."""
+    if is_main():
+        action()
+    barrier()

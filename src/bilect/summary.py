@@ -1,0 +1,106 @@
+"""A run in numbers: ``summary.json`` for programs, a table and a verdict for people."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bilect.config import Config
+
+__all__ = ["summarise", "verdict"]
+
+
+def summarise(out: Path, config: Config, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Held-out losses are means per token over the held-out sets, of decayed copies, after the last round; ``tokens`` of
+    the arms are equal by construction. ``seconds`` and ``flops`` are per stage, with the cost of choosing
+    (``selection``: proxy warm-up, fit, score, select) and of training each arm summed up.
+
+    Args:
+        out: the run directory.
+        config: of the run.
+        manifest: content of ``run.json``.
+    """
+    records = manifest["stages"]
+    arms = ["bliss", *config.controls]
+    last = config.rounds
+    evaluations = {"warm": _read(out / "warmup" / "eval.json")}
+    for arm in arms:
+        evaluations[arm] = _read(_folder(out, arm, last) / "eval.json")
+    rounds = []
+    for number in range(1, last + 1):
+        select = records[f"round {number}: select"]
+        rounds.append(
+            {
+                "round": number,
+                "heldout_loss": {arm: _mean_loss(_read(_folder(out, arm, number) / "eval.json")) for arm in arms},
+                "documents_kept": select["documents"],
+                "tokens_kept": select["tokens"],
+                "threshold": select["threshold"],
+                "kept_share_by_source": select["kept_share_by_source"],
+                "pool_share_by_source": select["pool_share_by_source"],
+                "kept_fraction_by_source": select["kept_fraction_by_source"],
+            }
+        )
+    fidelity = [_read(out / f"round-{n}" / "fidelity.json") for n in range(1, last + 1)]
+    losses = {name: _mean_loss(sets) for name, sets in evaluations.items()}
+    summary = {
+        "heldout_loss": losses,
+        "heldout": evaluations,
+        "tokens": {
+            "pool": records["tokenise pool"]["tokens"],
+            "upper": records["tokenise targets"]["tokens"],
+            "warmup_proxy": records["warm up proxy"]["tokens"],
+            "warmup_target": records["warm up target"]["tokens"],
+            "fit": _total(records, "tokens", "fit"),
+            "scored": _total(records, "tokens", "score"),
+            "selected": _total(records, "tokens", "select"),
+            **{arm: _total(records, "tokens", f"train {arm}") for arm in arms},
+        },
+        "seconds": _costs(records, "seconds", arms),
+        "flops": _costs(records, "flops", arms),
+        **{key: rounds[-1][key] for key in ("kept_share_by_source", "pool_share_by_source", "kept_fraction_by_source")},
+        "fidelity": fidelity,
+        "rounds": rounds,
+    }
+    summary["verdict"] = verdict(losses)
+    return summary
+
+
+def verdict(losses: dict[str, float]) -> str:
+    """One honest sentence on selection against random."""
+    if "random" not in losses:
+        return f"Held-out loss {losses['bliss']:.3f}; no random control was run."
+    gain = losses["random"] - losses["bliss"]
+    word = "lower" if gain > 0 else "higher"
+    sentence = (
+        f"At equal training tokens, selection ends at a held-out loss of {losses['bliss']:.3f}, "
+        f"{abs(gain):.3f} nats {word} than random selection ({losses['random']:.3f})."
+    )
+    return sentence if gain > 0 else f"{sentence} Selection did not help on this pool and target."
+
+
+def _costs(records: dict[str, Any], key: str, arms: list[str]) -> dict[str, float]:
+    costs = {name: float(record.get(key, 0.0)) for name, record in records.items()}
+    selection = ["warm up proxy", *(n for n in costs if n.endswith((": fit", ": score", ": select")))]
+    costs["selection"] = sum(costs[n] for n in selection)
+    for arm in arms:
+        costs[f"training {arm}"] = sum(v for n, v in costs.items() if n.endswith(f": train {arm}"))
+    costs["total"] = sum(float(record.get(key, 0.0)) for record in records.values())
+    return {name: round(value, 3) for name, value in costs.items()}
+
+
+def _total(records: dict[str, Any], key: str, stage: str) -> int:
+    return int(sum(r[key] for n, r in records.items() if n.endswith(f": {stage}")))
+
+
+def _folder(out: Path, arm: str, number: int) -> Path:
+    return out / f"round-{number}" if arm == "bliss" else out / "controls" / arm / f"round-{number}"
+
+
+def _mean_loss(sets: dict[str, Any]) -> float:
+    return sum(s["loss"] for s in sets.values()) / len(sets)
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
