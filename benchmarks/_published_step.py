@@ -123,9 +123,7 @@ class PublishedStep:
                 products = torch.autograd.grad(lower_gradient, self.params, grad_outputs=z, retain_graph=True)
                 residuals = [h - b for h, b in zip(products, upper_gradient, strict=True)]
                 scales = [torch.clamp(1.0 / r.norm(), max=1.0) for r in residuals]
-                z = [
-                    v - config.solver_step_size * scale * r for v, r, scale in zip(z, residuals, scales, strict=True)
-                ]
+                z = [v - config.solver_step_size * scale * r for v, r, scale in zip(z, residuals, scales, strict=True)]
         return z
 
 

@@ -51,7 +51,12 @@ def tiny_lm(
     seed: int = 0, dtype: torch.dtype = torch.float64, spread: float = 1.0, **more: Any,
 ) -> PreTrainedModel:  # fmt: skip
     """A causal LM all of whose parameters, biases and norms too, are away from their special initial values."""
-    config = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 0, **_CONFIGS[kind](width, layers, heads, context)}
+    config = {
+        "vocab_size": vocab,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        **_CONFIGS[kind](width, layers, heads, context),
+    }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**config, **more}), dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -68,7 +73,9 @@ def tiny_lm(
     return model.eval()
 
 
-def documents(lengths: Sequence[int], given: Sequence[int] | None = None, *, vocab: int = 64, seed: int = 0) -> Documents:
+def documents(
+    lengths: Sequence[int], given: Sequence[int] | None = None, *, vocab: int = 64, seed: int = 0
+) -> Documents:
     generator = torch.Generator().manual_seed(seed)
     given = [1] * len(lengths) if given is None else given
     return [
@@ -102,7 +109,9 @@ def reference_losses(model: PreTrainedModel, params: Tree, docs: Documents) -> T
     return torch.stack([document_loss(model, params, ids, given) for ids, given in docs])
 
 
-def reference_kl(model: PreTrainedModel, params: Tree, target: PreTrainedModel, docs: Documents, reverse: bool) -> Tensor:
+def reference_kl(
+    model: PreTrainedModel, params: Tree, target: PreTrainedModel, docs: Documents, reverse: bool
+) -> Tensor:
     """Mean over all predicted tokens of all documents."""
     values = []
     for ids, given in docs:
@@ -176,7 +185,9 @@ class TableScores(nn.Module):
         place = torch.full((vocab,), -1)
         place[torch.tensor(first_tokens)] = torch.arange(len(first_tokens))
         self.place = place
-        self.free = nn.Parameter(torch.zeros(len(first_tokens), dtype=torch.float64) if scores is None else scores.clone())
+        self.free = nn.Parameter(
+            torch.zeros(len(first_tokens), dtype=torch.float64) if scores is None else scores.clone()
+        )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
         from bilect.models.score_model import ScoreOutput

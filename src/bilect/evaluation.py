@@ -73,7 +73,7 @@ def document_losses(
 ) -> np.ndarray:
     """Mean cross-entropy of each document, in the order of ``rows``."""
     lm = CausalLM(model)
-    losses = {}
+    losses: dict[int, float] = {}
     for part in length_bucketed(store.length_R, rows, batch_tokens):
         batch = make_batch(store.rows(part), pad_id).to(lm.device)
         hidden_ND = batch.predicting(lm.hidden(batch.input_ids_BT))

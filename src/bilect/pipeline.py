@@ -16,7 +16,8 @@ from bilect.progress import Progress, SilentProgress
 from bilect.report import write_report
 from bilect.run_dir import RunDir, write_json, write_text
 from bilect.runtime import distributed
-from bilect.stages import Stages
+from bilect.stages import choosing, texts, training
+from bilect.stages.context import RunContext, target_folder
 from bilect.summary import summarise
 
 __all__ = ["run"]
@@ -36,8 +37,8 @@ def run(config: Config, out: Path, progress: Progress | None = None) -> dict[str
     distributed.start()
     main = distributed.is_main()
     out = out.resolve()
-    stages = Stages(out, config, progress if progress is not None and main else SilentProgress())
-    inputs = stages.input_hashes()
+    context = RunContext(out, config, progress if progress is not None and main else SilentProgress())
+    inputs = texts.input_hashes(context)
     directory = RunDir(out, config.seed, main=main, barrier=distributed.barrier)
     directory.manifest["inputs"] = inputs
     if main:
@@ -49,17 +50,17 @@ def run(config: Config, out: Path, progress: Progress | None = None) -> dict[str
     split = {"seed": config.seed, "ranks": distributed.world_size(), "rounds": config.rounds, "share": warmup["share"]}
     step = directory.stage
 
-    step("tokenise pool", stages.tokenise_pool, settings=[data, models, inputs["lower_data"]])
+    step("tokenise pool", partial(texts.tokenise_pool, context), settings=[data, models, inputs["lower_data"]])
     step(
         "tokenise targets",
-        stages.tokenise_targets,
+        partial(texts.tokenise_targets, context),
         settings=[upper, heldout, inputs["upper_data"], inputs["heldout_data"]],
         after=["tokenise pool"],
     )
     for role in ("proxy", "target"):
-        warm = partial(stages.warm_up, role=role)
+        warm = partial(training.warm_up, context, role=role)
         step(f"warm up {role}", warm, settings=[split, models[role], warmup[role]], after=["tokenise pool"])
-    evaluate = partial(stages.evaluate, folder="warmup/target")
+    evaluate = partial(training.evaluate, context, folder="warmup/target")
     step("evaluate warm", evaluate, settings=[], after=["tokenise targets", "warm up target"])
 
     arms = ["bliss", *config.controls]
@@ -68,20 +69,26 @@ def run(config: Config, out: Path, progress: Progress | None = None) -> dict[str
     for number in range(1, config.rounds + 1):
         r = f"round {number}"
         fitting = [split, settings["fit"], models["score_head"], config.reset_proxy, config.carry_score_model]
-        step(f"{r}: fit", partial(stages.fit, number=number), settings=fitting, after=[*carried, ready["bliss"]])
-        step(f"{r}: score", partial(stages.score, number=number), settings=[], after=[f"{r}: fit"])
-        select = partial(stages.select, number=number)
+        step(
+            f"{r}: fit",
+            partial(choosing.fit, context, number=number),
+            settings=fitting,
+            after=[*carried, ready["bliss"]],
+        )
+        step(f"{r}: score", partial(choosing.score, context, number=number), settings=[], after=[f"{r}: fit"])
+        select = partial(choosing.select, context, number=number)
         step(f"{r}: select", select, settings=settings["selection"], after=[f"{r}: score"])
         for arm in arms:
-            train = partial(stages.train_arm, number=number, arm=arm)
-            step(f"{r}: train {arm}", train, settings=settings["training"], after=[f"{r}: select", ready[arm]])
+            train = partial(training.train_arm, context, number=number, arm=arm)
+            after = [f"{r}: select", ready[arm]] if arm == "bliss" else [ready[arm]]
+            step(f"{r}: train {arm}", train, settings=[split, settings["training"], settings["selection"]], after=after)
             ready[arm] = f"{r}: train {arm}"
-            evaluate = partial(stages.evaluate, folder=stages.target_folder(arm, number))
+            evaluate = partial(training.evaluate, context, folder=target_folder(arm, number))
             step(f"{r}: evaluate {arm}", evaluate, settings=[], after=["tokenise targets", ready[arm]])
-        fidelity = partial(stages.fidelity, number=number)
+        fidelity = partial(training.fidelity, context, number=number)
         step(f"{r}: fidelity", fidelity, settings=[], after=[f"{r}: fit", ready["bliss"]])
         carried = [f"{r}: fit", "warm up proxy", "tokenise targets"]
-    step("publish", stages.publish, settings=[], after=[ready["bliss"]])
+    step("publish", partial(training.publish, context), settings=[], after=[ready["bliss"]])
 
     directory.finish()
     summary = summarise(out, config, directory.manifest)

@@ -1,5 +1,6 @@
 """Keep the top of the scored documents, by share of the tokens or by a token budget, with DuckDB on the score files."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +34,7 @@ class Selected:
     kept_fraction: dict[str, float]
 
 
-def select_top(
-    scores: Path, kept_file: Path, *, keep_ratio: float | None = None, budget_tokens: int | None = None
-) -> Selected:
+def select_top(scores: Path, kept_file: Path, budget: Callable[[int], float]) -> Selected:
     """Write the kept documents (``doc_id, source, n_tokens, score, rank``) and account for them.
 
     Documents are ranked by descending score, ties by doc_id, and taken until the budget is reached: the last one may
@@ -44,8 +43,7 @@ def select_top(
     Args:
         scores: folder of score files.
         kept_file: Parquet file to write.
-        keep_ratio: share of the scored tokens, or
-        budget_tokens: tokens.
+        budget: tokens to keep, from the number of tokens scored.
 
     Raises:
         BilectError: no score files, a score that is not finite, or no documents.
@@ -62,7 +60,6 @@ def select_top(
             raise BilectError(f"select: {broken} scores in {scores} are not finite")
         if not documents:
             raise BilectError(f"select: no documents in {scores}")
-        budget = float(budget_tokens) if budget_tokens is not None else float(keep_ratio or 0) * pool_tokens
         db.execute(
             """CREATE TABLE kept AS
                SELECT doc_id, source, n_tokens, score, rank FROM (
@@ -70,7 +67,7 @@ def select_top(
                    ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before
                  FROM pool WINDOW w AS (ORDER BY score DESC, doc_id))
                WHERE before < ? ORDER BY rank""",
-            [budget],
+            [budget(int(pool_tokens))],
         )
         kept_file.parent.mkdir(parents=True, exist_ok=True)
         target = str(kept_file).replace("'", "''")

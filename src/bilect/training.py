@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -17,9 +18,12 @@ from transformers import (
 )
 
 from bilect.config import TrainConfig
+from bilect.data.batch import IGNORE
 from bilect.data.loading import PackedWindows
 from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
+from bilect.functional.losses import weighted_token_loss
+from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
 from bilect.progress import Task
 from bilect.runtime import distributed
@@ -29,15 +33,30 @@ __all__ = ["train"]
 OPTIMIZER_FILE = "optimizer.pt"
 
 
+class _FusedLoss(nn.Module):
+    """A causal LM whose forward pass gives the mean loss without holding logits; what the ``Trainer`` sees."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.lm = CausalLM(model)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        keep_BT = labels[:, 1:] != IGNORE
+        hidden_ND = self.lm.hidden(input_ids)[:, :-1][keep_BT]
+        labels_N = labels[:, 1:][keep_BT]
+        weight_N = torch.full(labels_N.shape, 1.0 / max(len(labels_N), 1), device=labels_N.device)
+        return {"loss": weighted_token_loss(hidden_ND, self.lm.head(), labels_N, weight_N)[0]}
+
+
 class _Watch(TrainerCallback):
     """Shows every step, keeps the logged losses, and stops a run whose loss is not a number."""
 
     def __init__(self, task: Task) -> None:
-        self.task, self.history = task, []
+        self.task = task
+        self.history: list[dict[str, Any]] = []
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.task.advance(1)
 
     def on_log(
@@ -52,7 +71,9 @@ class _Watch(TrainerCallback):
             if not np.isfinite(logs["loss"]):
                 raise BilectError(f"training: the loss is {logs['loss']} at step {state.global_step}; "
                                   "lower the learning rate or the gradient clip")  # fmt: skip
-            self.history.append({"step": state.global_step, "loss": logs["loss"], "learning_rate": logs.get("learning_rate")})
+            self.history.append(
+                {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs.get("learning_rate")}
+            )
             self.task.advance(0, loss=logs["loss"])
 
 
@@ -144,8 +165,7 @@ def train(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        model.train()
-        trainer = _Trainer(model=model, args=arguments, train_dataset=windows, callbacks=[watch])
+        trainer = _Trainer(model=_FusedLoss(model).train(), args=arguments, train_dataset=windows, callbacks=[watch])
         trainer.remove_callback(transformers.PrinterCallback)
         if state_file is not None:
             trainer.optimizer_state = torch.load(state_file, map_location="cpu", weights_only=True)

@@ -1,6 +1,6 @@
 """The hypergradient on problems with closed forms: weighted ridge regression, solved exactly.
 
-    w*(alpha) = (X' A X + mu I)^-1 X' A y        l_n(w) = 1/2 (x_n' w - y_n)^2       Phi(alpha) = L_val(w*(alpha))
+w*(alpha) = (X' A X + mu I)^-1 X' A y        l_n(w) = 1/2 (x_n' w - y_n)^2       Phi(alpha) = L_val(w*(alpha))
 """
 
 import math

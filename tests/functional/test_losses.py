@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from bilect.functional import losses
-from bilect.functional.losses import Head, document_mean, token_losses, weighted_token_loss
+from bilect.functional.losses import Head, HeldDistribution, document_mean, token_losses, weighted_token_loss
 
 N, D, E, V = 7, 5, 6, 11
 DIRECTIONS = ("target_to_proxy", "proxy_to_target")
@@ -76,7 +76,7 @@ CHUNKS = pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 100])
 def test_values_and_gradients(
     bias: bool, scale: float, softcap: float | None, rows: int, direction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_chunk_rows", lambda vocabulary: rows)
+    monkeypatch.setattr(losses, "_chunk_rows", lambda weight_VD: rows)
     p = problem(bias, scale, softcap)
     ce, kl = plain_losses(p, direction)
     expected = (p.a * ce + p.b * kl).sum()
@@ -84,13 +84,16 @@ def test_values_and_gradients(
 
     target = {"target_hidden_NE": p.target_hidden, "target_head": p.target_head, "direction": direction}
     fused, constants = weighted_token_loss(p.hidden, p.head, p.labels, p.a, kl_weight_N=p.b, **target)
+    held = HeldDistribution.of(p.target_hidden, p.target_head, torch.float64)
+    again, _ = weighted_token_loss(p.hidden, p.head, p.labels, p.a, kl_weight_N=p.b, held=held, **target)
     several = token_losses(p.hidden, p.head, p.labels, **target)
     for tokens in (constants, several):
         torch.testing.assert_close(tokens.ce_N, ce, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(tokens.kl_N, kl, rtol=1e-10, atol=1e-10)
     assert not constants.ce_N.requires_grad and not constants.kl_N.requires_grad
     torch.testing.assert_close(fused, expected, rtol=1e-10, atol=1e-10)
-    for loss in (fused, (p.a * several.ce_N + p.b * several.kl_N).sum()):
+    torch.testing.assert_close(again, expected, rtol=1e-10, atol=1e-10)
+    for loss in (fused, again, (p.a * several.ce_N + p.b * several.kl_N).sum()):
         for actual, wanted in zip(torch.autograd.grad(3 * loss, p.leaves), gradients, strict=True):
             torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
 
@@ -123,18 +126,41 @@ def test_gradients_of_some_inputs_only(wanted: tuple[bool, bool, bool]) -> None:
 
 
 def test_real_chunking_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 70 * V)
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": 140 * V})
     sizes: list[int] = []
     logits = Head.logits
     monkeypatch.setattr(Head, "logits", lambda self, h: (sizes.append(len(h)), logits(self, h))[1])
-    p = problem(n=150)
+    p = problem(n=300)
     loss, tokens = weighted_token_loss(p.hidden, p.head, p.labels, p.a)
-    assert sizes == [70, 70, 10]
+    assert sizes == [140, 140, 20]
     expected = plain_losses(p, "target_to_proxy")[0]
     torch.testing.assert_close(tokens.ce_N, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
         torch.autograd.grad(loss, p.hidden)[0], torch.autograd.grad((p.a * expected).sum(), p.hidden)[0]
     )
+
+
+def test_held_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_chunk_rows", lambda weight_VD: 3)
+    p = problem()
+    q = plain_logits(p.target_hidden, p.target_head).softmax(-1)
+    held = HeldDistribution.of(p.target_hidden, p.target_head, torch.float64)
+    torch.testing.assert_close(held.probability_NV, q, rtol=1e-12, atol=0)
+    torch.testing.assert_close(held.negentropy_N, (q * q.log()).sum(-1), rtol=1e-12, atol=0)
+    assert HeldDistribution.of(p.target_hidden, p.target_head).probability_NV.dtype == torch.float32
+
+
+def test_held_distribution_spares_the_targets_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem()
+    held = HeldDistribution.of(p.target_hidden, p.target_head, torch.float64)
+    used: list[int] = []
+    logits = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda self, h: (used.append(h.shape[1]), logits(self, h))[1])
+    weighted_token_loss(
+        p.hidden, p.head, p.labels, p.a, kl_weight_N=p.b,
+        target_hidden_NE=p.target_hidden, target_head=p.target_head, held=held,
+    )  # fmt: skip
+    assert used == [D]
 
 
 def test_tied_weights_get_both_parts() -> None:
@@ -152,7 +178,7 @@ def test_tied_weights_get_both_parts() -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_token_losses_to_second_order_and_forward_mode(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_chunk_rows", lambda vocabulary: 2)
+    monkeypatch.setattr(losses, "_chunk_rows", lambda weight_VD: 2)
     p = problem(bias=True, scale=0.5, softcap=2.0, n=3)
 
     def scalar(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -177,16 +203,16 @@ def test_fused_gradient_is_not_silently_constant_in_a_second_backward() -> None:
 def test_the_target_is_constant() -> None:
     p = problem()
     p.target_hidden.requires_grad_()
-    tokens = token_losses(
-        p.hidden, p.head, p.labels, target_hidden_NE=p.target_hidden, target_head=p.target_head
-    )
+    tokens = token_losses(p.hidden, p.head, p.labels, target_hidden_NE=p.target_hidden, target_head=p.target_head)
     assert torch.autograd.grad(tokens.kl_N.sum(), p.target_hidden, allow_unused=True) == (None,)
 
 
 def test_divergence_from_itself_is_zero_and_otherwise_positive() -> None:
     p = problem()
     for direction in DIRECTIONS:
-        same = token_losses(p.hidden, p.head, p.labels, target_hidden_NE=p.hidden, target_head=p.head, direction=direction)
+        same = token_losses(
+            p.hidden, p.head, p.labels, target_hidden_NE=p.hidden, target_head=p.head, direction=direction
+        )
         other = token_losses(
             p.hidden, p.head, p.labels, target_hidden_NE=p.target_hidden, target_head=p.target_head, direction=direction
         )
@@ -200,7 +226,9 @@ def test_no_predicted_tokens(with_target: bool) -> None:
     target = {"target_hidden_NE": p.target_hidden, "target_head": p.target_head} if with_target else {}
     tokens = token_losses(p.hidden, p.head, p.labels, **target)
     assert tokens.ce_N.shape == (0,) and (tokens.kl_N is not None) == with_target
-    loss, fused = weighted_token_loss(p.hidden, p.head, p.labels, p.a, kl_weight_N=p.b if with_target else None, **target)
+    loss, fused = weighted_token_loss(
+        p.hidden, p.head, p.labels, p.a, kl_weight_N=p.b if with_target else None, **target
+    )
     assert fused.ce_N.shape == (0,) and loss == 0
     for leaf, gradient in zip(p.leaves, torch.autograd.grad(loss, p.leaves), strict=True):
         assert gradient.shape == leaf.shape and not gradient.any()

@@ -104,7 +104,9 @@ def test_gumbel_pairs_are_drawn_without_replacement() -> None:
     left_out = torch.zeros(3)
     for _ in range(draws):
         left_out += ~gumbel_topk(p.log(), 2, 1.0, generator)
-    expected = torch.tensor([0.3 * 0.2 / 0.7 + 0.2 * 0.3 / 0.8, 0.5 * 0.2 / 0.5 + 0.2 * 0.5 / 0.8, 0.5 * 0.3 / 0.5 + 0.3 * 0.5 / 0.7])
+    expected = torch.tensor(
+        [0.3 * 0.2 / 0.7 + 0.2 * 0.3 / 0.8, 0.5 * 0.2 / 0.5 + 0.2 * 0.5 / 0.8, 0.5 * 0.3 / 0.5 + 0.3 * 0.5 / 0.7]
+    )
     assert ((left_out / draws - expected).abs() < 4 * (expected * (1 - expected) / draws).sqrt()).all()
 
 
@@ -138,8 +140,6 @@ def test_standardised_values_have_mean_0_and_deviation_1(values: list[float]) ->
     assert result.isfinite().all()
 
 
-@given(
-    st.sampled_from([torch.float32, F64]), st.floats(-1e6, 1e6, width=32), st.integers(1, 300)
-)
+@given(st.sampled_from([torch.float32, F64]), st.floats(-1e6, 1e6, width=32), st.integers(1, 300))
 def test_standardised_constants_are_zero(dtype: torch.dtype, value: float, size: int) -> None:
     assert not standardise(torch.full((size,), value, dtype=dtype)).any()

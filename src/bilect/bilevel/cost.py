@@ -35,7 +35,7 @@ def fit_flops(
     kl = forward_flops(target, lower_tokens, lower_length) if target is not None and config.kl_coef else 0.0
     step = kl + 3 * score + 3 * lower * config.inner_steps
     if config.hypergradient == "implicit":
-        products = 0 if config.solver in ("identity", "adam") else config.solver_steps
+        products: float = 0 if config.solver in ("identity", "adam") else config.solver_steps
         products += 1 / config.log_every if config.solver != "cg" else 0  # the residual that is logged
         step += 3 * upper + 6 * lower * products
         step += {"jvp": 2, "finite_difference": 2, "ghost": 3}[config.directional] * lower

@@ -8,7 +8,7 @@ all ranks: each rank holds its part of the batch, and every gradient is a sum ov
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,25 +22,54 @@ from bilect.functional.directional import (
     directional_jvp,
     hvp_exact,
     hvp_finite_difference,
+    hvp_forward_difference,
 )
-from bilect.functional.losses import Head, KLDirection, document_mean, token_losses, weighted_token_loss
+from bilect.functional.losses import (
+    Head,
+    HeldDistribution,
+    KLDirection,
+    document_mean,
+    token_losses,
+    weighted_token_loss,
+)
 from bilect.functional.trees import Tree, TreeMap, add_scaled
 from bilect.models.causal_lm import CausalLM
 from bilect.runtime import distributed
 from bilect.runtime.device import autocast
 
-__all__ = ["Objective", "TargetOnBatch", "directional", "document_losses", "lower_objective", "target_on_batch", "upper_objective"]
+__all__ = [
+    "Objective",
+    "TargetOnBatch",
+    "directional",
+    "document_losses",
+    "lower_objective",
+    "target_on_batch",
+    "upper_objective",
+]
+
+HVP = Literal["exact", "finite_difference", "forward_difference"]
+
+HELD_BYTES = 4 << 30  # largest distribution of the target that is held for a batch; 16 x 1024 x 50304 takes 3.3e9
 
 
 @dataclass(frozen=True)
 class TargetOnBatch:
     """The target model's outlook on a batch, from its one forward pass: hidden states, and its head.
 
-    Logits follow chunk by chunk; held whole they would cost V/D times the memory.
+    Logits follow chunk by chunk; held whole they would cost V/E times the memory. Where many gradients on the batch
+    follow, as in Hessian products, that is well spent: see ``hold``.
     """
 
     hidden_NE: Tensor
     head: Head
+    held: HeldDistribution | None = None
+
+    def hold(self, dtype: torch.dtype) -> "TargetOnBatch":
+        """The same with the distribution itself, unless it is larger than ``HELD_BYTES``."""
+        size = self.hidden_NE.shape[0] * self.head.weight_VD.shape[0] * dtype.itemsize
+        if size > HELD_BYTES:
+            return self
+        return replace(self, held=HeldDistribution.of(self.hidden_NE, self.head, dtype))
 
 
 @dataclass(frozen=True)
@@ -83,6 +112,7 @@ class Objective:
                 kl_weight_N=self.kl_weight_N,
                 target_hidden_NE=None if self.target is None else self.target.hidden_NE,
                 target_head=None if self.target is None else self.target.head,
+                held=None if self.target is None else self.target.held,
                 direction=self.direction,
             )
         gradients = torch.autograd.grad(loss, list(leaves.values()))
@@ -95,11 +125,12 @@ class Objective:
             kl = float(torch.dot(self.kl_weight_N, tokens.kl_N.to(self.kl_weight_N.dtype)))
         return total, distributed.sum_scalar(ce), distributed.sum_scalar(kl)
 
-    def hvp(self, params: Tree, method: Literal["exact", "finite_difference"]) -> TreeMap:
+    def hvp(self, params: Tree, method: HVP) -> TreeMap:
         """``v -> H v`` at theta, summed over the ranks; float32 or better throughout."""
         params = {k: v.detach() for k, v in params.items()}
-        if method == "finite_difference":
-            return hvp_finite_difference(lambda p: self.gradient(p)[0], params)
+        if method != "exact":
+            differences = hvp_finite_difference if method == "finite_difference" else hvp_forward_difference
+            return differences(lambda p: self.gradient(p)[0], params)
         local = hvp_exact(self._loss, params)
 
         def product(v: Tree) -> Tree:
@@ -129,8 +160,12 @@ def target_on_batch(target: CausalLM, batch: Batch, bf16: bool = False) -> Targe
     """The one forward pass of the target model over a batch."""
     with torch.no_grad(), autocast(batch.input_ids_BT.device, bf16):
         hidden_NE = batch.predicting(target.hidden(batch.input_ids_BT))
+    if bf16:  # normalisation layers hand on float32
+        hidden_NE = hidden_NE.bfloat16()
     head = target.head()
-    head = Head(head.weight_VD.detach(), None if head.bias_V is None else head.bias_V.detach(), head.scale, head.softcap)
+    head = Head(
+        head.weight_VD.detach(), None if head.bias_V is None else head.bias_V.detach(), head.scale, head.softcap
+    )
     if hidden_NE.dtype != head.weight_VD.dtype:
         bias = None if head.bias_V is None else head.bias_V.to(hidden_NE.dtype)
         head = Head(head.weight_VD.to(hidden_NE.dtype), bias, head.scale, head.softcap)
@@ -176,9 +211,7 @@ def lower_objective(
 def upper_objective(model: CausalLM, batch: Batch) -> Objective:
     """f on a batch: the mean cross-entropy of its predicted tokens over all ranks."""
     n_global = distributed.sum_scalar(batch.n_predicted)
-    return Objective(
-        model, batch, torch.full_like(batch.labels_N, 0, dtype=torch.float64) + 1.0 / max(n_global, 1.0)
-    )
+    return Objective(model, batch, torch.full_like(batch.labels_N, 0, dtype=torch.float64) + 1.0 / max(n_global, 1.0))
 
 
 def document_losses(model: CausalLM, batch: Batch) -> Callable[[Tree], Tensor]:
@@ -190,8 +223,6 @@ def document_losses(model: CausalLM, batch: Batch) -> Callable[[Tree], Tensor]:
         return document_mean(ce_N, batch.document_N, batch.n_documents)
 
     return losses
-
-
 
 
 def directional(

@@ -137,13 +137,20 @@ class BilevelFit:
         if self.target is None:
             return None
         size = self.config.target_micro_batch
-        if batch.n_documents <= size:
-            return target_on_batch(self.target, batch, self.config.bf16)
         parts = [
             target_on_batch(self.target, batch.rows(slice(i, i + size)), self.config.bf16)
             for i in range(0, batch.n_documents, size)
         ]
-        return TargetOnBatch(torch.cat([p.hidden_NE for p in parts]), parts[0].head)
+        target = TargetOnBatch(torch.cat([p.hidden_NE for p in parts]), parts[0].head)
+        return target.hold(self.params[self.proxy.head_names[0]].dtype) if self._many_gradients else target
+
+    @property
+    def _many_gradients(self) -> bool:
+        """Whether a lower batch sees more gradients than the inner step's: Hessian products by differences."""
+        config = self.config
+        solves = config.hypergradient == "implicit" and config.solver in ("neumann", "cg", "sgd")
+        forward = config.kl_direction == "target_to_proxy"
+        return forward and ((solves and config.hvp != "exact") or config.inner_steps > 2)
 
     def _inner_step(self, lower: Objective) -> tuple[float, float]:
         gradient, loss, kl = lower.gradient(self.params, self.config.bf16)

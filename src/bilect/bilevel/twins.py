@@ -5,9 +5,9 @@ From the model u, at the same moment,
     w takes K steps on   L_val(w) + lambda * L_tr(alpha, w)      (the reference)
     m takes K steps on              lambda * L_tr(alpha, m)      (the matched twin)
 
-on the same lower batches with the same fresh AdamW. Then ``l_n(m) - l_n(w)`` is what the target set changed, and nothing
-else: the training that both had more than u cancels. The plain form of BLADE (arXiv 2606.18650, section 3) compares w
-with u itself.
+on the same lower batches with the same fresh AdamW. Then ``l_n(m) - l_n(w)`` is what the target set changed, and
+nothing else: the training that both had more than u cancels. The plain form of BLADE (arXiv 2606.18650, section 3)
+compares w with u itself.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 
@@ -109,8 +109,9 @@ def _records(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise BilectError(f"data: cannot read {url}: {reason}") from error
 
 
-def _json_lines(file: IO[bytes], url: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(io.BufferedReader(file) if isinstance(file, io.RawIOBase) else file, start=1):
+def _json_lines(file: Any, url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = io.BufferedReader(file) if url.endswith(".zst") else file  # zstandard's reader knows no lines
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -125,14 +126,14 @@ def _json_lines(file: IO[bytes], url: str) -> Iterator[tuple[str, dict[str, Any]
 
 
 def _document(record: dict[str, Any], label: str, place: str) -> Document:
-    prompt, response = record.get("prompt"), record.get("response")
+    prompt, response, text = record.get("prompt"), record.get("response"), record.get("text")
     if isinstance(prompt, str) and isinstance(response, str):
-        text = prompt + response
+        learned, text = response, prompt + response
+    elif isinstance(text, str):
+        learned, prompt = text, ""
     else:
-        prompt, text = "", record.get("text")
-    if not isinstance(text, str):
         raise BilectError(f"data: {place}: no text field (and no prompt with response)")
-    if not text.strip() or (response is not None and prompt and not str(response).strip()):
+    if not learned.strip():
         raise BilectError(f"data: {place}: empty document")
     given = record.get("doc_id", record.get("id"))
     doc_id = str(given) if given is not None else hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -33,7 +33,7 @@ def cycle_batches(
         while len(queue) < batch_size:
             queue = np.concatenate([queue, generator.permutation(rows)])
         batch, queue = queue[:batch_size], queue[batch_size:]
-        yield make_batch(store.rows(np.asarray(own_part(batch))), pad_id).to(device)
+        yield make_batch(store.rows(np.asarray(own_part(batch.tolist()))), pad_id).to(device)
 
 
 def length_bucketed(length_R: np.ndarray, rows: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from bilect.functional.trees import Tree, TreeMap, add_scaled, norm, scale, sub
 
-__all__ = ["central_step", "directional_finite_difference", "directional_jvp", "hvp_exact", "hvp_finite_difference"]
+__all__ = [
+    "central_step",
+    "directional_finite_difference",
+    "directional_jvp",
+    "hvp_exact",
+    "hvp_finite_difference",
+    "hvp_forward_difference",
+]
 
 
 def central_step(params: Tree, z: Tree, relative: float | None = None) -> float:
@@ -38,7 +45,8 @@ def directional_jvp(losses: Callable[[Tree], Tensor], params: Tree, z: Tree) -> 
         params: theta.
         z: direction.
     """
-    return torch.func.jvp(losses, (params,), (z,))[1]
+    d_B: Tensor = torch.func.jvp(losses, (params,), (z,))[1]
+    return d_B
 
 
 def directional_finite_difference(
@@ -60,7 +68,8 @@ def hvp_exact(loss: Callable[[Tree], Tensor], params: Tree) -> TreeMap:
     gradient = torch.func.grad(loss)
 
     def product(v: Tree) -> Tree:
-        return torch.func.jvp(gradient, (params,), (v,))[1]
+        image: Tree = torch.func.jvp(gradient, (params,), (v,))[1]
+        return image
 
     return product
 
@@ -73,5 +82,24 @@ def hvp_finite_difference(gradient: TreeMap, params: Tree, relative: float | Non
         if eps == 0:
             return {k: torch.zeros_like(x) for k, x in v.items()}
         return scale(sub(gradient(add_scaled(params, v, eps)), gradient(add_scaled(params, v, -eps))), 1 / (2 * eps))
+
+    return product
+
+
+def hvp_forward_difference(gradient: TreeMap, params: Tree, relative: float | None = None) -> TreeMap:
+    """``v -> [grad g(theta + eps v) - grad g(theta)] / eps``: one gradient per product, and one for all of them.
+
+    Error O(eps) from truncation: at the default step in float32 about 1e-2 of ``H v``, where central differences have
+    1e-5 to 1e-2 depending on v. Good for the few products of a rough solve.
+    """
+    base: list[Tree] = []
+
+    def product(v: Tree) -> Tree:
+        eps = central_step(params, v, relative)
+        if eps == 0:
+            return {k: torch.zeros_like(x) for k, x in v.items()}
+        if not base:
+            base.append(gradient(params))
+        return scale(sub(gradient(add_scaled(params, v, eps)), base[0]), 1 / eps)
 
     return product

@@ -17,11 +17,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Head", "KLDirection", "TokenLosses", "document_mean", "token_losses", "weighted_token_loss"]
+__all__ = [
+    "Head",
+    "HeldDistribution",
+    "KLDirection",
+    "TokenLosses",
+    "document_mean",
+    "token_losses",
+    "weighted_token_loss",
+]
 
 KLDirection = Literal["target_to_proxy", "proxy_to_target"]
 
-CHUNK_ELEMENTS = 1 << 22  # logits of one chunk: small enough for the cache hierarchy, large enough for the matmul
+# Logits of one chunk: on CPUs small enough for the caches, on GPUs large enough to keep the device busy.
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,10 @@ class Head:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits (N, V) in at least float32."""
-        return self._transform(torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V))
+        return self.transform(torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V))
 
-    def _transform(self, raw_NV: Tensor) -> Tensor:
+    def transform(self, raw_NV: Tensor) -> Tensor:
+        """What follows ``h W' + b``."""
         logits_NV = raw_NV if raw_NV.dtype == torch.float64 else raw_NV.float()
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
@@ -60,6 +70,40 @@ class Head:
 
 
 @dataclass(frozen=True)
+class HeldDistribution:
+    """The target's distribution itself, for several gradients on one batch; N V numbers.
+
+    Attributes:
+        probability_NV: q.
+        negentropy_N: ``sum_v q_v log q_v``.
+    """
+
+    probability_NV: Tensor
+    negentropy_N: Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def of(hidden_NE: Tensor, head: Head, dtype: torch.dtype = torch.float32) -> "HeldDistribution":
+        """From hidden states and the output head.
+
+        Args:
+            hidden_NE: hidden states at the positions that predict a token.
+            head: output head.
+            dtype: of the result, the dtype of the losses it is used with.
+        """
+        n_tokens, vocabulary = hidden_NE.shape[0], head.weight_VD.shape[0]
+        probability_NV = torch.empty(n_tokens, vocabulary, dtype=dtype, device=hidden_NE.device)
+        negentropy_N = torch.empty(n_tokens, dtype=dtype, device=hidden_NE.device)
+        rows = _chunk_rows(head.weight_VD)
+        for start in range(0, n_tokens, rows):
+            part = slice(start, start + rows)
+            logq = torch.log_softmax(head.logits(hidden_NE[part]).to(dtype), dim=-1)
+            q = torch.exp(logq, out=probability_NV[part])
+            negentropy_N[part] = torch.linalg.vecdot(q, logq)
+        return HeldDistribution(probability_NV, negentropy_N)
+
+
+@dataclass(frozen=True)
 class TokenLosses:
     """Per-token losses: ``ce_N`` and, when a target was given, ``kl_N`` (nats)."""
 
@@ -67,8 +111,8 @@ class TokenLosses:
     kl_N: Tensor | None = None
 
 
-def _chunk_rows(vocabulary: int) -> int:
-    return max(64, CHUNK_ELEMENTS // vocabulary)
+def _chunk_rows(weight_VD: Tensor) -> int:
+    return max(128, CHUNK_ELEMENTS.get(weight_VD.device.type, 1 << 24) // weight_VD.shape[0])
 
 
 def _losses(
@@ -106,7 +150,7 @@ def token_losses(
         direction: of the divergence, see the module.
     """
     ce, kl = [], []
-    rows = _chunk_rows(head.weight_VD.shape[0])
+    rows = _chunk_rows(head.weight_VD)
     for start in range(0, hidden_ND.shape[0], rows):
         part = slice(start, start + rows)
         target = None
@@ -131,7 +175,7 @@ class _WeightedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         hidden_ND: Tensor,
         weight_VD: Tensor,
@@ -142,6 +186,7 @@ class _WeightedLoss(torch.autograd.Function):
         kl_weight_N: Tensor | None,
         target_hidden_NE: Tensor | None,
         target_head: Head | None,
+        held: HeldDistribution | None,
         direction: KLDirection,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n_tokens = hidden_ND.shape[0]
@@ -152,22 +197,25 @@ class _WeightedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight_VD, dtype=acc) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=acc) if bias_V is not None and ctx.needs_input_grad[2] else None
-        rows = _chunk_rows(weight_VD.shape[0])
+        rows = _chunk_rows(weight_VD)
         for start in range(0, n_tokens, rows):
             part = slice(start, start + rows)
             h, y = hidden_ND[part], labels_N[part]
-            target = None
-            if target_hidden_NE is not None and target_head is not None:
-                target = target_head.logits(target_hidden_NE[part])
             logits = head.logits(h)
             # in place from here on: the chunk's log-probabilities become its gradient
             logp = torch.log_softmax(logits, dim=-1)
             ce_N[part] = -logp.gather(1, y[:, None])[:, 0]
             a = ce_weight_N[part].to(acc)
-            if target is None or kl_weight_N is None:
+            if target_hidden_NE is None or target_head is None or kl_weight_N is None:
                 grad = logp.exp_().mul_(a[:, None])
+            elif held is not None and direction == "target_to_proxy":
+                b = kl_weight_N[part].to(acc)
+                q = held.probability_NV[part]
+                kl_N[part] = held.negentropy_N[part] - torch.linalg.vecdot(q, logp)
+                grad = logp.exp_().mul_((a + b)[:, None]).addcmul_(q, b[:, None], value=-1)
             else:
                 b = kl_weight_N[part].to(acc)
+                target = target_head.logits(target_hidden_NE[part])
                 logq = torch.log_softmax(target.to(acc), dim=-1)
                 if direction == "target_to_proxy":
                     q = logq.exp()
@@ -199,9 +247,9 @@ class _WeightedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if g is None else g * grad_loss for g in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None, None, None)
 
 
 def weighted_token_loss(
@@ -213,6 +261,7 @@ def weighted_token_loss(
     kl_weight_N: Tensor | None = None,
     target_hidden_NE: Tensor | None = None,
     target_head: Head | None = None,
+    held: HeldDistribution | None = None,
     direction: KLDirection = "target_to_proxy",
 ) -> tuple[Tensor, TokenLosses]:
     """``sum_n a_n ce_n + b_n kl_n``, first order only, without ever holding more than one chunk of logits.
@@ -228,6 +277,8 @@ def weighted_token_loss(
         kl_weight_N: b, constant; None for no divergence.
         target_hidden_NE: hidden states of the target model at the same positions.
         target_head: output head of the target model.
+        held: the distribution these two give, where it is held: the forward divergence then needs no product with
+            the target's head, which is the largest one here.
         direction: of the divergence, see the module.
 
     Returns:
@@ -240,7 +291,7 @@ def weighted_token_loss(
             head.weight_VD.to(dtype), None if head.bias_V is None else head.bias_V.to(dtype), head.scale, head.softcap
         )
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        loss, ce_N, kl_N = _WeightedLoss.apply(
+        loss, ce_N, kl_N = _WeightedLoss.apply(  # type: ignore[no-untyped-call]
             hidden_ND,
             head.weight_VD,
             head.bias_V,
@@ -250,6 +301,7 @@ def weighted_token_loss(
             kl_weight_N,
             target_hidden_NE,
             target_head,
+            held,
             direction,
         )
     return loss, TokenLosses(ce_N, kl_N if target_hidden_NE is not None else None)

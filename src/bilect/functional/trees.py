@@ -30,7 +30,9 @@ def scale(a: Tree, factor: float | Tensor) -> Tree:
 
 def add_scaled(a: Tree, b: Tree, factor: float | Tensor = 1.0) -> Tree:
     """``a + factor * b``."""
-    return {k: v + factor * b[k] for k, v in a.items()}
+    if isinstance(factor, Tensor):
+        return {k: v + factor * b[k] for k, v in a.items()}
+    return {k: torch.add(v, b[k], alpha=factor) for k, v in a.items()}
 
 
 def sub(a: Tree, b: Tree) -> Tree:

@@ -35,7 +35,8 @@ def document_weights(score_M: Tensor, weighting: Weighting = "softmax") -> Tenso
 
 def weight_entropy(weight_M: Tensor) -> Tensor:
     """``-sum_i P_i log P_i`` in nats; log M for uniform weights."""
-    return -torch.special.xlogy(weight_M, weight_M).sum()
+    entropy: Tensor = -torch.special.xlogy(weight_M, weight_M).sum()
+    return entropy
 
 
 def effective_sample_size(weight_M: Tensor) -> Tensor:

@@ -1,0 +1,77 @@
+"""What every stage is given: the run directory, the config, the progress display, and how to read earlier results."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bilect.config import Config
+from bilect.data.tokens import TokenStore
+from bilect.models.loading import load_causal_lm, load_tokenizer
+from bilect.progress import Progress
+from bilect.run_dir import derive_seed
+from bilect.runtime import distributed
+from bilect.runtime.device import pick_device
+
+__all__ = ["Figures", "RunContext", "target_folder"]
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run, as its stages see it.
+
+    Attributes:
+        root: the run directory.
+        config: of the run.
+        progress: what the reader sees.
+    """
+
+    root: Path
+    config: Config
+    progress: Progress
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The run's tokenizer."""
+        return load_tokenizer(str(self.root / "tokenizer"))
+
+    @property
+    def pad_id(self) -> int:
+        """Padding token; never learned, never read."""
+        return int(self.tokenizer().eos_token_id)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank."""
+        return pick_device(self.config.device)
+
+    def pool(self) -> TokenStore:
+        """The pool's tokens."""
+        return TokenStore(self.root / "tokens" / "pool.arrow")
+
+    def shard(self, number: int, n_rows: int) -> np.ndarray:
+        """Rows of one of the disjoint random shards: 0 for the warm-up, 1..R for the rounds."""
+        order = np.random.default_rng(derive_seed(self.config.seed, "shards")).permutation(n_rows)
+        first = round(n_rows * self.config.warmup.share)
+        shards = [order[:first], *np.array_split(order[first:], self.config.rounds)]
+        return np.sort(shards[number])
+
+    def load(self, folder: str) -> PreTrainedModel:
+        """A model saved by an earlier stage."""
+        return load_causal_lm(str((self.root / folder).resolve())).to(self.device)
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        if distributed.is_main():
+            model.save_pretrained(folder)
+            self.tokenizer().save_pretrained(folder)
+
+
+def target_folder(arm: str, number: int) -> str:
+    """Where an arm's target lies after a round; round 0 is the warm-up."""
+    if number == 0:
+        return "warmup/target"
+    return f"round-{number}/target" if arm == "bliss" else f"controls/{arm}/round-{number}/target"

@@ -1,0 +1,172 @@
+"""Training and evaluation: the warm-up, the arms of each round, the held-out sets, the proxy's fidelity."""
+
+import math
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from scipy.stats import spearmanr
+from transformers import PreTrainedModel
+
+from bilect import evaluation
+from bilect.config import TrainConfig
+from bilect.data.tokens import TokenStore
+from bilect.errors import BilectError
+from bilect.models.flops import forward_flops
+from bilect.models.loading import load_causal_lm
+from bilect.run_dir import derive_seed, write_json
+from bilect.runtime import distributed
+from bilect.stages.context import Figures, RunContext, target_folder
+from bilect.training import train
+
+__all__ = ["evaluate", "fidelity", "publish", "train_arm", "warm_up"]
+
+PROBE_DOCUMENTS = 256
+
+
+def warm_up(run: RunContext, scratch: Path, role: str) -> Figures:
+    """Train proxy or target on the warm-up shard."""
+    spec = run.config.models.proxy if role == "proxy" else run.config.models.target
+    settings = run.config.warmup.proxy if role == "proxy" else run.config.warmup.target
+    vocabulary = -(-len(run.tokenizer()) // 64) * 64
+    seed = derive_seed(run.config.seed, "initial", role)
+    model = load_causal_lm(spec, vocab_size=vocabulary, seed=seed, context=run.config.data.context)
+    if model.get_input_embeddings().weight.shape[0] < len(run.tokenizer()):
+        raise BilectError(f"models.{role}: its vocabulary of {model.get_input_embeddings().weight.shape[0]} is smaller "
+                          f"than the tokenizer's {len(run.tokenizer())}")  # fmt: skip
+    pool = run.pool()
+    out = scratch / "warmup" / role
+    rows, title = run.shard(0, len(pool)), f"warm up the {role}"
+    decayed = role == "target"
+    return _train(run, model.to(run.device), pool, rows, out, settings, title, ("warm-up", role), decayed=decayed)
+
+
+def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
+    """Train an arm's target on its documents of the shard, and a decayed copy for evaluation."""
+    pool = run.pool()
+    rows = _rows_of(run, arm, number, pool)
+    model = run.load(target_folder(arm, number - 1))
+    out, title = scratch / target_folder(arm, number), f"round {number}: train on {arm}"
+    before, settings = run.root / target_folder(arm, number - 1), run.config.training
+    return _train(run, model, pool, rows, out, settings, title, ("train", number), decayed=True, start_from=before)
+
+
+def evaluate(run: RunContext, scratch: Path, folder: str) -> Figures:
+    """Figures of the decayed copy of a target (or of itself, without a decay branch) on every held-out set."""
+    if not distributed.is_main():
+        return {}
+    decayed = f"{folder}-decayed"
+    model = run.load(decayed if (run.root / decayed).is_dir() else folder)
+    stores = {p.stem: TokenStore(p) for p in sorted((run.root / "tokens" / "heldout").glob("*.arrow"))}
+    results, flops, tokens = {}, 0.0, 0
+    with run.progress.task(f"evaluate {folder}", len(stores)) as task:
+        for name, store in stores.items():
+            results[name] = evaluation.evaluate(model, store, run.pad_id, run.config.score_batch_tokens).as_dict()
+            n_tokens = int(store.length_R.sum())
+            flops, tokens = flops + forward_flops(model, n_tokens, n_tokens / len(store)), tokens + n_tokens
+            task.advance(1, heldout_loss=results[name]["loss"])
+    write_json((scratch / folder).with_name("eval.json"), results)
+    return {"flops": flops, "tokens": tokens}
+
+
+def fidelity(run: RunContext, scratch: Path, number: int) -> Figures:
+    """Does the proxy stand in for the target? Rank correlations over a probe of the shard's documents."""
+    if not distributed.is_main():
+        return {}
+    pool = run.pool()
+    seed = derive_seed(run.config.seed, "probe", number)
+    probe = np.sort(np.random.default_rng(seed).permutation(run.shard(number, len(pool)))[:PROBE_DOCUMENTS])
+    start = "warmup/proxy" if number == 1 or run.config.reset_proxy else f"round-{number - 1}/proxy"
+    folders = {
+        "proxy_before": start,
+        "proxy_after": f"round-{number}/proxy",
+        "target_before": target_folder("bliss", number - 1),
+        "target_after": f"round-{number}/target",
+    }
+    losses, flops = {}, 0.0
+    tokens = int(pool.length_R[probe].sum())
+    with run.progress.task(f"round {number}: proxy fidelity", len(folders)) as task:
+        for name, folder in folders.items():
+            model = run.load(folder)
+            losses[name] = evaluation.document_losses(model, pool, probe, run.pad_id, run.config.score_batch_tokens)
+            flops += forward_flops(model, tokens, tokens / len(probe))
+            task.advance(1)
+    result = {
+        "round": number,
+        "documents": len(probe),
+        "loss_rank_correlation": _spearman(losses["proxy_after"], losses["target_before"]),
+        "change_rank_correlation": _spearman(
+            losses["proxy_after"] - losses["proxy_before"], losses["target_after"] - losses["target_before"]
+        ),
+    }
+    write_json(scratch / f"round-{number}" / "fidelity.json", result)
+    return {**result, "flops": flops, "tokens": 4 * tokens}
+
+
+def publish(run: RunContext, scratch: Path) -> Figures:
+    """The final models where users look for them."""
+    if distributed.is_main():
+        last = f"round-{run.config.rounds}"
+        decayed = run.root / last / "target-decayed"
+        sources = {
+            "proxy": run.root / last / "proxy",
+            "score_model": run.root / last / "score_model",
+            "target": decayed if decayed.is_dir() else run.root / last / "target",
+        }
+        for name, folder in sources.items():
+            (scratch / name).mkdir()
+            for file in chain(folder.glob("*.json"), folder.glob("*.safetensors"), folder.glob("*.jinja")):
+                (scratch / name / file.name).write_bytes(file.read_bytes())
+    return {"flops": 0.0}
+
+
+def _rows_of(run: RunContext, arm: str, number: int, pool: TokenStore) -> np.ndarray:
+    shard = run.shard(number, len(pool))
+    if arm == "full":
+        return shard
+    if arm == "bliss":
+        kept = pq.read_table(run.root / f"round-{number}" / "selected" / "kept.parquet", columns=["doc_id"])
+        ids = set(kept.column("doc_id").to_pylist())
+        return np.array([i for i in shard if pool.doc_ids[i] in ids])
+    order = np.random.default_rng(derive_seed(run.config.seed, "random", number)).permutation(shard)
+    length_R = pool.length_R[order]
+    return order[np.cumsum(length_R) - length_R < run.config.selection.budget(int(length_R.sum()))]
+
+
+def _train(
+    run: RunContext,
+    model: PreTrainedModel,
+    pool: TokenStore,
+    rows: np.ndarray,
+    out: Path,
+    settings: TrainConfig,
+    name: str,
+    labels: tuple[str | int, ...],
+    *,
+    decayed: bool,
+    start_from: Path | None = None,
+) -> Figures:
+    context, seed = run.config.data.context, derive_seed(run.config.seed, *labels)
+    decay_steps = settings.decay_steps if decayed else 0
+    out.mkdir(parents=True, exist_ok=True)
+    with run.progress.task(name, settings.steps + decay_steps) as task:
+        common: dict[str, Any] = {"context": context, "task": task, "device": run.device}
+        figures = train(model, pool, rows, out, settings, seed=seed, start_from=start_from, **common)
+        run.save(model, out)
+        if decay_steps:
+            distributed.barrier()
+            more = train(model, pool, rows, out, settings, seed=seed + 1, start_from=out, decay=True, **common)
+            figures = {
+                **figures,
+                "tokens": figures["tokens"] + more["tokens"],
+                "flops": figures["flops"] + more["flops"],
+            }
+            run.save(model, out.with_name(f"{out.name}-decayed"))
+    return figures
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    value = float(spearmanr(a, b).statistic)
+    return value if math.isfinite(value) else None

@@ -1,0 +1,140 @@
+"""Two and three gloo processes against one: the same weights, hypergradients, score model and proxy.
+
+Five documents a batch, so the ranks hold unequal parts, padded to unequal widths.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed import fit_on_ranks
+from tests.distributed.fit_on_ranks import SCENARIOS, STEPS
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 200  # seconds, for a machine that does much else; it takes about 20
+
+# d is a difference of float32 losses or gradients there: its rounding error is theirs, not that of a sum over ranks
+D_TOLERANCE = {"penalty": 5e-6, "differences": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks left their results; whatever happens, no process is left after LIMIT seconds."""
+    out = tmp_path_factory.mktemp("ranks") / "out"
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, fit_on_ranks.__file__, str(out), "2", "3"], cwd=ROOT, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+    try:
+        log, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"the ranks did not end within {LIMIT} s")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, log[-5000:]
+    return out
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: pytest.FixtureRequest, results: Path) -> list[dict[str, Any]]:
+    return [torch.load(f"{results}.{request.param}.{rank}") for rank in range(request.param)]
+
+
+@cache
+def one_rank(scenario: str) -> dict[str, Any]:
+    return fit_on_ranks.run(scenario)
+
+
+def largest(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def without_gradient(name: str) -> bool:
+    """Parameters whose exact gradient is zero: Adam makes steps out of its rounding errors, without any effect.
+
+    The bias of the keys, which the softmax of attention does not see, and that of scores, which the weights do not.
+    """
+    return name.endswith("query_key_value.bias") or name == "linear.bias"
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_ranks_equal_one_rank(ranks: list[dict[str, Any]], scenario: str) -> None:
+    one, many = one_rank(scenario), ranks[0][scenario]
+    assert len(many["steps"]) == STEPS
+    for a, b in zip(one["steps"], many["steps"], strict=True):
+        assert a["weight"].shape == b["weight"].shape == (5,)
+        assert largest(a["weight"], b["weight"]) <= 1e-6
+        shift = a["score"].mean() - b["score"].mean()  # a common one is without effect, see below
+        assert largest(a["score"] - shift, b["score"]) <= 1e-6
+        assert abs(shift) <= (6e-5 if scenario == "differences" else 1e-6)
+        tolerance = D_TOLERANCE.get(scenario, 2e-6)
+        scale = float(a["d"].abs().max())
+        assert largest(a["d"], b["d"]) <= tolerance * max(1.0, scale)
+        assert largest(a["score_gradient"], b["score_gradient"]) <= tolerance
+        assert a["score_gradient"].abs().max() > 0.1  # standardised d: of order one, so that the bounds mean something
+    tolerance = max(1e-6, D_TOLERANCE.get(scenario, 0))
+    for a, b in zip(one["gradients"], many["gradients"], strict=True):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert largest(a[k], b[k]) <= tolerance, k
+    for part in ("score_model", "proxy"):
+        for k, p in one[part].items():
+            # Adam's steps are at most the learning rate, 1e-5
+            bound = 6e-5 if without_gradient(k) else 1e-6
+            assert largest(p, many[part][k]) <= bound, (part, k)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_ranks_stay_together_exactly(ranks: list[dict[str, Any]], scenario: str) -> None:
+    first, *others = (result[scenario] for result in ranks)
+    for other in others:
+        for part in ("score_model", "proxy"):
+            for k, p in first[part].items():
+                assert torch.equal(p, other[part][k]), (part, k)
+        assert other["figures"] == first["figures"]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_figures_are_of_the_global_batch(ranks: list[dict[str, Any]], scenario: str) -> None:
+    for a, b in zip(one_rank(scenario)["figures"], ranks[0][scenario]["figures"], strict=True):
+        assert a.keys() == b.keys()
+        for k in a:
+            loose = k in ("d_std", "residual") or (k.startswith("score") and scenario == "differences")
+            tolerance = 1e-3 if loose else 1e-5
+            assert b[k] == (pytest.approx(a[k], rel=tolerance) if isinstance(a[k], float) else a[k]), k
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_scenario_moves_things(scenario: str) -> None:
+    """The comparison would be empty if nothing was trained."""
+    one = one_rank(scenario)
+    first, *_, last = one["steps"]
+    assert largest(first["d"], last["d"]) > 1e-3
+    assert all(max(float(g.abs().max()) for g in gradients.values()) > 1e-2 for gradients in one["gradients"])
+    assert {len(s["weight"].unique()) for s in one["steps"]} == {5}
+
+
+def test_primitives(ranks: list[dict[str, Any]]) -> None:
+    world = len(ranks)
+    total = sum(range(world))
+    for rank, result in enumerate(r["collectives"] for r in ranks):
+        assert result["world"] == world and result["main"] == (rank == 0)
+        assert result["rows"] == [float(r) for r in range(world) for _ in range(r)]  # rank 0 has none
+        assert result["own"]
+        assert result["a"] == [[float(total + world)] * 3] * 2 and result["b"] == 10.0 * total
+        assert result["sum"] == total + 0.5 * world
+    for at, n in enumerate((0, 1, 5, 7)):
+        parts = [r["collectives"]["parts"][at] for r in ranks]
+        assert [i for p in parts for i in p] == list(range(n))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
