@@ -71,16 +71,18 @@ class TrainConfig(_Settings):
 
     steps: Positive = Field(10_000, description="optimiser steps per round (paper: 10k)")
     batch_size: Positive = Field(16, description="documents per step and rank, accumulation included")
-    gradient_accumulation: Positive = 1
-    learning_rate: PositiveFloat = 1e-3
+    gradient_accumulation: Positive = Field(1, description="micro-batches per step")
+    learning_rate: PositiveFloat = Field(1e-3, description="of AdamW")
     schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up (paper: constant)")
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="of the steps, in the first training only"
+    )
     decay_steps: Annotated[int, Field(ge=0)] = Field(
         200, description="for evaluation only, a copy is decayed to zero over so many steps (paper: 200)"
     )
-    weight_decay: NonNegative = 0.1
-    grad_clip: PositiveFloat = 1.0
-    bf16: bool = False
+    weight_decay: NonNegative = Field(0.1, description="of AdamW")
+    grad_clip: PositiveFloat = Field(1.0, description="greatest gradient norm (paper: 1.0)")
+    bf16: bool = Field(False, description="mixed precision")
     report_to: tuple[str, ...] = Field((), description="trackers of the transformers Trainer, such as tensorboard")
 
     @model_validator(mode="after")
@@ -97,8 +99,8 @@ class WarmupConfig(_Settings):
     share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.25, description="of the pool, set aside for the warm-up; the rest is divided between the rounds"
     )
-    proxy: TrainConfig = TrainConfig(decay_steps=0)
-    target: TrainConfig = TrainConfig()
+    proxy: TrainConfig = Field(TrainConfig(decay_steps=0), description="of the proxy")
+    target: TrainConfig = Field(TrainConfig(), description="of the target")
 
 
 class FitConfig(_Settings):
@@ -114,7 +116,7 @@ class FitConfig(_Settings):
     proxy_learning_rate: PositiveFloat = Field(1e-5, description="paper: 1e-5")
     score_learning_rate: PositiveFloat = Field(1e-5, description="paper: 1e-5")
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="of the cosine schedule (paper: 0.1)")
-    weight_decay: NonNegative = 0.01
+    weight_decay: NonNegative = Field(0.01, description="of both AdamW")
     grad_clip: PositiveFloat = Field(1.0, description="of proxy and score model (paper: 1.0)")
     weighting: Literal["softmax", "naive"] = Field("softmax", description="over the global batch (paper: softmax)")
     standardise: bool = Field(True, description="bring d to deviation 1 per batch; ours, see docs/design.md")
@@ -123,17 +125,21 @@ class FitConfig(_Settings):
         "target_to_proxy", description="as in the released code; the paper prints the other"
     )
     l2_coef: NonNegative = Field(1e-7, description="paper: 1e-7")
-    hypergradient: Literal["implicit", "penalty"] = "implicit"
-    # implicit
-    solver: Literal["identity", "adam", "neumann", "cg", "sgd"] = "adam"
+    hypergradient: Literal["implicit", "penalty"] = Field(
+        "implicit", description="through a linear solve (paper), or from two first-order models (BLADE)"
+    )
+    solver: Literal["identity", "adam", "neumann", "cg", "sgd"] = Field(
+        "adam", description="of the implicit hypergradient (paper: sgd)"
+    )
     solver_steps: Positive = Field(3, description="Hessian products of neumann, cg and sgd (paper: 3)")
     solver_step_size: PositiveFloat = Field(1e-2, description="of neumann and sgd (paper: 1e-2)")
     damping: NonNegative = Field(0.0, description="added to the Hessian's diagonal")
     hvp: Literal["exact", "finite_difference", "forward_difference"] = Field(
         "finite_difference", description="forward_difference costs half, and is right to about 1e-2"
     )
-    directional: Literal["jvp", "finite_difference", "ghost"] = "finite_difference"
-    # penalty
+    directional: Literal["jvp", "finite_difference", "ghost"] = Field(
+        "finite_difference", description="how d is had without gradients of single documents"
+    )
     baseline: Literal["matched", "model"] = Field("matched", description="m: the matched twin, or the model itself")
     penalty: PositiveFloat = Field(1.0, description="lambda")
     sync_every: Positive = Field(20, description="score steps between two synchronisations of the twins")
@@ -173,13 +179,13 @@ class SelectionConfig(_Settings):
 class Config(_Settings):
     """A whole run."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
-    data: DataConfig
-    models: ModelsConfig = ModelsConfig()
-    warmup: WarmupConfig = WarmupConfig()
-    fit: FitConfig = FitConfig()
-    selection: SelectionConfig = SelectionConfig()
-    training: TrainConfig = TrainConfig()
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of every random draw")
+    data: DataConfig = Field(description="text")
+    models: ModelsConfig = Field(ModelsConfig(), description="proxy, target and score model")
+    warmup: WarmupConfig = Field(WarmupConfig(), description="round 0")
+    fit: FitConfig = Field(FitConfig(), description="of the score model")
+    selection: SelectionConfig = Field(SelectionConfig(), description="what is kept")
+    training: TrainConfig = Field(TrainConfig(), description="of the target in each round")
     rounds: Positive = Field(1, description="R (paper: 4)")
     reset_proxy: bool = Field(True, description="every round starts from the warmed-up proxy (paper: yes)")
     carry_score_model: bool = Field(True, description="the score model carries over between rounds (paper: yes)")
@@ -209,7 +215,8 @@ def _known_keys(model: type[BaseModel], at: Sequence[Any]) -> list[str]:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a typo explains the rest
     where = ".".join(str(p) for p in first["loc"]) or "config"
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])

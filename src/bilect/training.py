@@ -41,11 +41,15 @@ class _FusedLoss(nn.Module):
         self.model = model
         self.lm = CausalLM(model)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         keep_BT = labels[:, 1:] != IGNORE
         hidden_ND = self.lm.hidden(input_ids)[:, :-1][keep_BT]
         labels_N = labels[:, 1:][keep_BT]
-        weight_N = torch.full(labels_N.shape, 1.0 / max(len(labels_N), 1), device=labels_N.device)
+        # the Trainer counts the learned tokens of the whole step, over accumulation and ranks
+        n_items = max(len(labels_N), 1) if num_items_in_batch is None else num_items_in_batch
+        weight_N = torch.ones(labels_N.shape, device=labels_N.device) / n_items
         return {"loss": weighted_token_loss(hidden_ND, self.lm.head(), labels_N, weight_N)[0]}
 
 

@@ -3,6 +3,8 @@
 The references run one document at a time, unpadded, through the whole Hugging Face model.
 """
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -154,6 +156,15 @@ def test_central_step() -> None:
     assert central_step({"a": params["a"].float()}, {"a": z["a"].float()}) == pytest.approx(6e-4)
     assert central_step(params, z, relative=1e-3) == pytest.approx(6e-3)
     assert central_step(params, {"a": 0 * z["a"]}) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_diverged_direction_shows(bad: float) -> None:
+    """It must not pass for a direction of length zero, whose derivatives are zero."""
+    params = {"a": torch.ones(3, dtype=torch.float64)}
+    z = {"a": torch.tensor([bad, 0.0, 1.0], dtype=torch.float64)}
+    assert not directional_finite_difference(lambda p: p["a"] ** 2, params, z).isfinite().any()
+    assert not hvp_finite_difference(lambda p: p, params)(z)["a"].isfinite().any()
 
 
 def test_finite_difference_is_of_second_order() -> None:

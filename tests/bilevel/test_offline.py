@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any
 
 import pytest
@@ -219,7 +219,7 @@ def test_twins_are_synchronised_every_so_many_steps() -> None:
     for _ in range(7):
         fit.step()
         seen.append(fit.twins)
-    changes = [a is not b for a, b in zip(seen, seen[1:], strict=False)]
+    changes = [a is not b for a, b in pairwise(seen)]
     assert changes == [False, False, True, False, False, True]
 
 

@@ -3,6 +3,7 @@
 w*(alpha) = (X' A X + mu I)^-1 X' A y        l_n(w) = 1/2 (x_n' w - y_n)^2       Phi(alpha) = L_val(w*(alpha))
 """
 
+import itertools
 import math
 
 import pytest
@@ -124,11 +125,14 @@ def test_standardising_only_rescales_the_softmax_gradient() -> None:
     assert not score_gradient(s, torch.full_like(s, 0.1))[0].any()
 
 
-def test_score_gradient_under_no_grad_and_from_a_graph() -> None:
-    leaf = torch.randn(4, dtype=F64, requires_grad=True)
+def test_score_gradient_needs_no_graph_and_leaves_none() -> None:
+    score, d = torch.randn(4, dtype=F64), torch.arange(4, dtype=F64)
     with torch.no_grad():
-        gradient, _ = score_gradient(2 * leaf, torch.arange(4, dtype=F64))
-    assert gradient.shape == (4,) and leaf.grad is None
+        gradient, _ = score_gradient(score, d)
+    assert not score.requires_grad
+    leaf = torch.randn(4, dtype=F64, requires_grad=True)
+    score_gradient(2 * leaf, d)
+    assert gradient.any() and leaf.grad is None
 
 
 # ------------------------------------------------------------------------------------------------ implicit, exactly
@@ -164,7 +168,7 @@ def test_descending_the_hypergradient_lowers_the_upper_loss(ridge: Ridge) -> Non
         alpha = s.softmax(0)
         s = s - 0.5 * score_gradient(s, implicit_values(ridge, alpha, "jvp"), standardised=True)[0]
         course.append(float(ridge.phi(s.softmax(0))))
-    assert all(after < before for before, after in zip(course, course[1:], strict=False))
+    assert all(after < before for before, after in itertools.pairwise(course))
 
 
 # ---------------------------------------------------------------------------------------------------------- penalty

@@ -142,7 +142,9 @@ class BilevelFit:
             for i in range(0, batch.n_documents, size)
         ]
         target = TargetOnBatch(torch.cat([p.hidden_NE for p in parts]), parts[0].head)
-        return target.hold(self.params[self.proxy.head_names[0]].dtype) if self._many_gradients else target
+        if not self._many_gradients:
+            return target
+        return target.hold(torch.promote_types(self.proxy.model.dtype, torch.float32))
 
     @property
     def _many_gradients(self) -> bool:

@@ -5,14 +5,14 @@ A record has ``text``, or ``prompt`` and ``response`` (only the response is lear
 """
 
 import hashlib
-import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import zstandard
 
 from bilect.config import SourceConfig
 from bilect.errors import BilectError
@@ -94,12 +94,12 @@ def _records(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
                         row += 1
                         yield f"row {row}", record
             return
-        with fsspec.open(url, "rb", compression="infer") as file:
-            if url.endswith(".txt"):
-                text = file.read().decode("utf-8")
-                yield "whole file", {"text": text, "id": url.rsplit("/", 1)[-1]}
-                return
-            yield from _json_lines(file, url)
+        if url.endswith(".txt"):
+            with fsspec.open(url, "rb") as file:
+                yield "whole file", {"text": file.read().decode("utf-8"), "id": url.rsplit("/", 1)[-1]}
+            return
+        with fsspec.open(url, "rb", compression="gzip" if url.endswith(".gz") else None) as file:
+            yield from _json_lines(_zst_lines(file) if url.endswith(".zst") else file, url)
     except UnicodeDecodeError as error:
         raise BilectError(f"data: {url} is not UTF-8 (byte {error.start})") from error
     except BilectError:
@@ -109,8 +109,24 @@ def _records(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise BilectError(f"data: cannot read {url}: {reason}") from error
 
 
-def _json_lines(file: Any, url: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    lines = io.BufferedReader(file) if url.endswith(".zst") else file  # zstandard's reader knows no lines
+def _zst_lines(file: Any) -> Iterator[bytes]:
+    """Lines of a .zst file of any number of frames; a file that was cut off is an error, not a short file."""
+    decoder, tail = None, b""
+    while block := file.read(1 << 20):
+        while block:
+            if decoder is None or decoder.eof:
+                decoder = zstandard.ZstdDecompressor().decompressobj()
+            lines = (tail + decoder.decompress(block)).split(b"\n")
+            block = decoder.unused_data if decoder.eof else b""
+            tail = lines.pop()
+            yield from lines
+    if decoder is not None and not decoder.eof:
+        raise EOFError("the archive is cut off")
+    if tail:
+        yield tail
+
+
+def _json_lines(lines: Iterable[bytes], url: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

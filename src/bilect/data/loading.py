@@ -80,6 +80,8 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
         return self.n_windows
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.n_windows:
+            raise IndexError(index)
         first = index * self.context
         last = first + self.context
         ids, labels = [], []
@@ -93,4 +95,6 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
             ids.append(row[part])
             labels.append(learned[part])
             k += 1
-        return {"input_ids": torch.cat(ids), "labels": torch.cat(labels)}
+        window = {"input_ids": torch.cat(ids), "labels": torch.cat(labels)}
+        window["labels"][0] = IGNORE  # nothing precedes it
+        return window

@@ -7,6 +7,7 @@ For document losses ``l_i(theta)`` and a direction z,
 is all the hypergradient needs (methods: forward mode, central differences, and in ``ghost.py`` one backward pass).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -34,7 +35,9 @@ def central_step(params: Tree, z: Tree, relative: float | None = None) -> float:
         relative = 1e-6 if next(iter(params.values())).dtype == torch.float64 else 1e-4
     with torch.no_grad():
         length, size = float(norm(z)), float(norm(params))
-    return relative * max(size, 1.0) / length if length > 0 else 0.0
+    if length == 0:
+        return 0.0
+    return relative * max(size, 1.0) / length if math.isfinite(length) else math.nan  # not 0: a diverged z must show
 
 
 def directional_jvp(losses: Callable[[Tree], Tensor], params: Tree, z: Tree) -> Tensor:

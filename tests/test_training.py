@@ -1,0 +1,183 @@
+"""Training through the Trainer, evaluation, scoring and the count of operations, against plain renditions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bilect.config import TrainConfig
+from bilect.data.documents import Document
+from bilect.data.tokens import TokenStore, write_tokens
+from bilect.errors import BilectError
+from bilect.evaluation import document_losses, evaluate
+from bilect.models.flops import forward_flops
+from bilect.models.loading import load_causal_lm, train_tokenizer
+from bilect.models.score_model import ScoreModel
+from bilect.progress import SilentProgress
+from bilect.scoring import score_rows
+from bilect.training import train
+from tests.corpus import TINY
+
+WORDS = ["the", "sun", "and", "rain", "over", "a", "blue", "hill", "or", "green", "field", "by", "old", "stone"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, size=rng.integers(5, 40))) for _ in range(40)]
+    documents = [Document(f"d{i}", "s", t, t[: len(t) // 2] if i % 2 else "") for i, t in enumerate(texts)]
+    path = tmp_path_factory.mktemp("tokens") / "t.arrow"
+    write_tokens(documents, train_tokenizer(texts, 320), path, context=48)
+    return TokenStore(path)
+
+
+def model(seed=0):
+    return load_causal_lm(TINY, vocab_size=320, seed=seed)
+
+
+def run_training(store, folder, network, **settings):
+    config = TrainConfig(**{"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "decay_steps": 3, **settings})
+    with SilentProgress().task("t") as task:
+        more = {"context": 32, "seed": 1, "task": task, "device": torch.device("cpu")}
+        folder.mkdir(exist_ok=True)
+        return train(network, store, np.arange(len(store)), folder, config, **more), config, more
+
+
+def test_equals_a_plain_loop(store, tmp_path):
+    from torch.utils.data import DataLoader, RandomSampler
+
+    from bilect.data.loading import PackedWindows
+
+    ours = model()
+    figures, config, _ = run_training(store, tmp_path / "a", ours)
+    assert figures["tokens"] == 6 * 4 * 32 and figures["steps"] == 6
+
+    plain = model().train()
+    decayed = [p for p in plain.parameters() if p.dim() == 2]
+    others = [p for p in plain.parameters() if p.dim() != 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+    windows = PackedWindows(store, np.arange(len(store)), 32, 24, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    loader = DataLoader(windows, batch_size=4, sampler=RandomSampler(windows, generator=generator))
+    seen = {tuple(w["input_ids"].tolist()) for w in windows}
+    batches = list(loader)
+    assert {tuple(r) for b in batches for r in b["input_ids"].tolist()} == seen
+    for batch in batches:
+        loss = plain(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    # the Trainer's own order of windows differs from a loop's; what both learn is the same text
+    with torch.no_grad():
+        whole = [plain(input_ids=w["input_ids"][None], labels=w["labels"][None]).loss.item() for w in windows]
+        mine = [ours(input_ids=w["input_ids"][None], labels=w["labels"][None]).loss.item() for w in windows]
+    assert np.mean(mine) == pytest.approx(np.mean(whole), rel=0.05)
+
+
+def test_first_step_equals_the_plain_gradient_step(store, tmp_path):
+    from bilect.data.loading import PackedWindows
+
+    ours, plain = model(), model()
+    run_training(store, tmp_path / "a", ours, steps=1, warmup_ratio=0.0)
+    windows = PackedWindows(store, np.arange(len(store)), 32, 4, seed=1)
+    ids, labels = (torch.stack([w[k] for w in windows]) for k in ("input_ids", "labels"))
+    plain(input_ids=ids, labels=labels).loss.backward()
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        step = (p - q).detach()
+        big = q.grad.abs() > 1e-4 * q.grad.abs().max()
+        assert torch.allclose(torch.sign(step[big]), -torch.sign(q.grad[big]))  # AdamW's first step: lr * sign
+        assert step[big].abs().median() == pytest.approx(1e-2, rel=0.02)
+
+
+def test_same_seed_same_model_and_accumulation_changes_nothing(store, tmp_path):
+    models = [model() for _ in range(3)]
+    run_training(store, tmp_path / "a", models[0])
+    run_training(store, tmp_path / "b", models[1])
+    run_training(store, tmp_path / "c", models[2], gradient_accumulation=2)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, c in zip(models[0].parameters(), models[2].parameters(), strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-3, atol=1e-4)
+
+
+def test_the_optimiser_goes_on_and_the_decay_branch_ends_at_zero(store, tmp_path):
+    import json
+
+    network = model()
+    _, config, more = run_training(store, tmp_path / "a", network, warmup_ratio=0.5)
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "a" / "training.jsonl").read_text().splitlines()]
+    assert rates[0] < rates[2] and rates[3:] == [pytest.approx(1e-2)] * 3
+    (tmp_path / "b").mkdir()
+    rows = np.arange(len(store))
+    train(network, store, rows, tmp_path / "b", config, start_from=tmp_path / "a", **more)
+    going_on = [
+        json.loads(line)["learning_rate"] for line in (tmp_path / "b" / "training.jsonl").read_text().splitlines()
+    ]
+    assert going_on == [pytest.approx(1e-2)] * 6  # no second warm-up
+    state = torch.load(tmp_path / "b" / "optimizer.pt", weights_only=True)
+    assert {int(s["step"]) for s in state["state"].values()} == {12}  # moments carried over
+    train(network, store, rows, tmp_path / "b", config, start_from=tmp_path / "b", decay=True, **more)
+    down = [json.loads(line)["learning_rate"] for line in (tmp_path / "b" / "decay.jsonl").read_text().splitlines()]
+    assert down == sorted(down, reverse=True) and down[-1] < 1e-2 / 3 + 1e-9
+
+
+def test_cosine_schedule(store, tmp_path):
+    import json
+
+    run_training(store, tmp_path / "a", model(), schedule="cosine", warmup_ratio=0.0)
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "a" / "training.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([1e-2 * 0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)])
+
+
+def test_a_loss_that_is_not_a_number_stops(store, tmp_path):
+    network = model()
+    with torch.no_grad():
+        network.get_input_embeddings().weight[:] = float("nan")
+    with pytest.raises(BilectError, match="loss is nan at step 1"):
+        run_training(store, tmp_path / "a", network)
+
+
+def test_evaluation_equals_document_by_document(store):
+    network = model(3).eval()
+    total, tokens, right, per_document = 0.0, 0, 0, []
+    for i in range(len(store)):
+        ids, n_given = store.row(i)
+        with torch.no_grad():
+            logits = network(input_ids=ids[None]).logits[0, :-1].double()
+        ce = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")[n_given - 1 :]
+        total, tokens = total + float(ce.sum()), tokens + len(ce)
+        per_document.append(float(ce.mean()))
+        right += bool((logits.argmax(-1) == ids[1:])[n_given - 1 :].all())
+    result = evaluate(network, store, pad_id=0, batch_tokens=200)
+    assert result.tokens == tokens and result.documents == 40
+    assert result.loss == pytest.approx(total / tokens, rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
+    assert result.accuracy == right / 40
+    rows = np.array([5, 3, 30])
+    assert document_losses(network, store, rows, 0, 100) == pytest.approx([per_document[i] for i in rows], rel=1e-5)
+
+
+def test_scores_do_not_depend_on_batches(store):
+    score_model = ScoreModel.from_causal_lm(model(), torch.Generator().manual_seed(0))
+    rows = np.array([7, 1, 30, 12, 5])
+    alone = score_rows(score_model, store, rows, 0, batch_tokens=1)
+    assert np.abs(alone - score_rows(score_model, store, rows, 0, batch_tokens=10_000)).max() <= 1e-5
+    assert np.abs(alone[::-1] - score_rows(score_model, store, rows[::-1].copy(), 0, batch_tokens=64)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_agree_with_the_counter(tied):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = load_causal_lm({**TINY, "tie_word_embeddings": tied, "num_hidden_layers": 3}, vocab_size=320)
+    network.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(input_ids=torch.zeros(2, 64, dtype=torch.long))
+    attention = 3 * 2 * 2 * 2 * 64 * 64 * 16  # layers, two products, batch, operations: the counter sees no mask
+    counted = counter.get_total_flops() - attention / 2
+    assert forward_flops(network, 128, 64) == pytest.approx(counted, rel=0.02)
+    score_model = ScoreModel.from_causal_lm(network, torch.Generator())
+    assert forward_flops(score_model, 128, 64) == pytest.approx(counted - 128 * 2 * 16 * 320, rel=0.02)
