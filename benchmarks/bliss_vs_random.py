@@ -18,7 +18,7 @@ import shutil
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -226,12 +226,13 @@ def main() -> None:
     start = time.perf_counter()
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        for cells in (
-            [(s, "", "base") for s in range(args.seeds)],
-            [(s, t, v) for s in range(args.seeds) for t in args.targets for v in args.variants],
-        ):
-            for job in [pool.submit(one_cell, args, *cell) for cell in cells]:
-                job.result()
+        waiting = {pool.submit(one_cell, args, seed, "", "base"): seed for seed in range(args.seeds)}
+        cells = []
+        for base in as_completed(waiting):
+            base.result()
+            cells += [pool.submit(one_cell, args, waiting[base], t, v) for t in args.targets for v in args.variants]
+        for cell in as_completed(cells):
+            cell.result()
     figures = report(args)
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "workers")}
     print(json.dumps({**figures, "settings": settings, "seconds": round(time.perf_counter() - start, 1)}))

@@ -64,7 +64,7 @@ def test_budget_in_tokens(tmp_path):
 
 def test_scores_that_are_not_finite_are_refused(tmp_path):
     write(tmp_path / "scores", [("a", "s", 10, float("nan")), ("b", "s", 10, 0.8)])
-    with pytest.raises(BilectError, match="1 scores .* not finite"):
+    with pytest.raises(BilectError, match=r"1 scores .* not finite"):
         select_top(tmp_path / "scores", tmp_path / "k.parquet", SelectionConfig().budget)
     assert not (tmp_path / "k.parquet").exists()
     with pytest.raises(BilectError, match="no score files"):

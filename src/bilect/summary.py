@@ -13,8 +13,8 @@ def summarise(out: Path, config: Config, manifest: dict[str, Any]) -> dict[str, 
     """The summary of a finished run.
 
     Held-out losses are means per token over the held-out sets, of decayed copies, after the last round; ``tokens`` of
-    the arms are equal by construction. ``seconds`` and ``flops`` are per stage, with the cost of choosing
-    (``selection``: proxy warm-up, fit, score, select) and of training each arm summed up.
+    the arms are equal by construction. ``seconds`` and ``flops`` are per stage; ``cost`` sums up what choosing takes
+    (``selection``: proxy warm-up, fit, score, select) and the training of each arm.
 
     Args:
         out: the run directory.
@@ -57,8 +57,9 @@ def summarise(out: Path, config: Config, manifest: dict[str, Any]) -> dict[str, 
             "selected": _total(records, "tokens", "select"),
             **{arm: _total(records, "tokens", f"train {arm}") for arm in arms},
         },
-        "seconds": _costs(records, "seconds", arms),
-        "flops": _costs(records, "flops", arms),
+        "seconds": _costs(records, "seconds"),
+        "flops": _costs(records, "flops"),
+        "cost": {key: _sums(records, key, arms) for key in ("seconds", "flops")},
         **{key: rounds[-1][key] for key in ("kept_share_by_source", "pool_share_by_source", "kept_fraction_by_source")},
         "fidelity": fidelity,
         "rounds": rounds,
@@ -80,14 +81,18 @@ def verdict(losses: dict[str, float]) -> str:
     return sentence if gain > 0 else f"{sentence} Selection did not help on this pool and target."
 
 
-def _costs(records: dict[str, Any], key: str, arms: list[str]) -> dict[str, float]:
-    costs = {name: float(record.get(key, 0.0)) for name, record in records.items()}
-    selection = ["warm up proxy", *(n for n in costs if n.endswith((": fit", ": score", ": select")))]
-    costs["selection"] = sum(costs[n] for n in selection)
-    for arm in arms:
-        costs[f"training {arm}"] = sum(v for n, v in costs.items() if n.endswith(f": train {arm}"))
-    costs["total"] = sum(float(record.get(key, 0.0)) for record in records.values())
-    return {name: round(value, 3) for name, value in costs.items()}
+def _costs(records: dict[str, Any], key: str) -> dict[str, float]:
+    costs = {name: round(float(record.get(key, 0.0)), 3) for name, record in records.items()}
+    return {**costs, "total": round(sum(costs.values()), 3)}
+
+
+def _sums(records: dict[str, Any], key: str, arms: list[str]) -> dict[str, float]:
+    parts: dict[str, tuple[str, ...]] = {"selection": ("warm up proxy", ": fit", ": score", ": select")}
+    parts |= {arm: (f": train {arm}",) for arm in arms}
+    return {
+        name: round(sum(float(r.get(key, 0.0)) for stage, r in records.items() if stage.endswith(ends)), 3)
+        for name, ends in parts.items()
+    }
 
 
 def _total(records: dict[str, Any], key: str, stage: str) -> int:

@@ -34,16 +34,18 @@ def _table(summary: dict[str, Any]) -> Any:
     from rich.table import Table
 
     table = Table(title="Held-out loss at equal training tokens")
-    for name in ("data", "loss", "perplexity", "training tokens", "seconds", "PFLOPs"):
+    for name in ("data", "loss", "perplexity", "training tokens", "seconds", "TFLOPs"):
         table.add_column(name, justify="left" if name == "data" else "right")
     for arm, loss in summary["heldout_loss"].items():
         sets = summary["heldout"][arm]
         perplexity = f"{next(iter(sets.values()))['perplexity']:.1f}" if len(sets) == 1 else "-"
-        stage = "warm up target" if arm == "warm" else f"training {arm}"
         tokens = summary["tokens"]["warmup_target" if arm == "warm" else arm]
-        seconds, flops = summary["seconds"][stage], summary["flops"][stage]
-        table.add_row(arm, f"{loss:.4f}", perplexity, f"{tokens:,}", f"{seconds:.0f}", f"{flops / 1e15:.3f}")
+        costs = [
+            summary[key]["warm up target"] if arm == "warm" else summary["cost"][key][arm]
+            for key in ("seconds", "flops")
+        ]
+        table.add_row(arm, f"{loss:.4f}", perplexity, f"{tokens:,}", f"{costs[0]:.0f}", f"{costs[1] / 1e12:.2f}")
     table.add_section()
-    cost = summary["seconds"]["selection"], summary["flops"]["selection"] / 1e15
-    table.add_row("choosing (bliss only)", "", "", "", f"{cost[0]:.0f}", f"{cost[1]:.3f}")
+    cost = summary["cost"]["seconds"]["selection"], summary["cost"]["flops"]["selection"] / 1e12
+    table.add_row("choosing (bliss only)", "", "", "", f"{cost[0]:.0f}", f"{cost[1]:.2f}")
     return table

@@ -215,7 +215,7 @@ def test_two_ranks_run_the_pipeline(corpus, tmp_path):
             str(config_file),
             "--out",
             str(out),
-        ],  # fmt: skip
+        ],
         check=True,
         capture_output=True,
         timeout=280,
