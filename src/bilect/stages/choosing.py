@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +60,7 @@ def fit(run: RunContext, scratch: Path, number: int) -> Figures:
     out.mkdir(parents=True, exist_ok=True)
     with (
         run.progress.task(f"round {number}: fit", config.fit.steps) as task,
-        (out / ("metrics.jsonl" if distributed.is_main() else f".metrics-{distributed.rank()}")).open(
-            "w", encoding="utf-8"
-        ) as log,
+        Path(out / "metrics.jsonl" if distributed.is_main() else os.devnull).open("w", encoding="utf-8") as log,
     ):
         for _ in range(config.fit.steps):
             figures = fit.step()
