@@ -32,6 +32,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sgd": {"hypergradient": "implicit", "solver": "sgd"},
     "penalty": {"hypergradient": "penalty", "baseline": "model"},
     "matched": {"hypergradient": "penalty", "baseline": "matched"},
+    "matched-slow": {
+        "hypergradient": "penalty",
+        "baseline": "matched",
+        "reference_learning_rate": 5e-5,
+        "reference_steps": 5,
+        "sync_every": 10,
+    },
     "no-kl": {"kl_coef": 0.0},
     "kl-0.5": {"kl_coef": 0.5},
     "naive": {"weighting": "naive"},

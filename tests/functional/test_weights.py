@@ -149,3 +149,8 @@ def test_standardised_values_have_mean_0_and_deviation_1(values: list[float]) ->
 @given(st.sampled_from([torch.float32, F64]), st.floats(-1e6, 1e6, width=32), st.integers(1, 300))
 def test_standardised_constants_are_zero(dtype: torch.dtype, value: float, size: int) -> None:
     assert not standardise(torch.full((size,), value, dtype=dtype)).any()
+
+
+def test_standardise_lets_a_diverged_value_show():
+    assert standardise(torch.tensor([1.0, float("nan"), 2.0])).isnan().all()
+    assert not standardise(torch.tensor([1.0, float("inf"), 2.0])).isfinite().all()

@@ -50,7 +50,8 @@ def standardise(value_M: Tensor) -> Tensor:
     centred = centred - centred.mean()  # again: the first mean is rounded, and equal values must give zeros
     deviation = centred.square().mean().sqrt()
     floor = torch.finfo(value_M.dtype).eps * value_M.abs().max().clamp(min=torch.finfo(value_M.dtype).tiny)
-    return torch.where(deviation > floor, centred / deviation.clamp(min=floor), torch.zeros_like(centred))
+    # written so that a NaN stays one: a diverged solve must show
+    return torch.where(deviation <= floor, torch.zeros_like(centred), centred / deviation.clamp(min=floor))
 
 
 def topk_mask(value_N: Tensor, k: int) -> Tensor:

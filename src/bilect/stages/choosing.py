@@ -65,8 +65,8 @@ def fit(run: RunContext, scratch: Path, number: int) -> Figures:
         for _ in range(config.fit.steps):
             figures = fit.step()
             log.write(json.dumps(_finite(figures)) + "\n")
-            if not math.isfinite(figures["lower_loss"]) or not math.isfinite(figures["score_mean"]):
-                raise BilectError(f"fit: the loss is not a number at step {figures['step']} of round {number}; "
+            if not all(math.isfinite(figures[k]) for k in ("lower_loss", "upper_loss", "score_mean", "d_std")):
+                raise BilectError(f"fit: a loss is not a number at step {figures['step']} of round {number}; "
                                   "lower fit.proxy_learning_rate")  # fmt: skip
             task.advance(1, proxy_loss=figures["lower_loss"], score_spread=figures["score_std"])
     run.save(proxy, out / "proxy")
