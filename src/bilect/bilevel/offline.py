@@ -45,7 +45,7 @@ class BilevelFit:
     Args:
         proxy: lower variable; trained in place.
         score_model: upper variable; trained in place.
-        target: the frozen target model, or None without divergence.
+        target: the frozen target model, or None without divergence; with ``config.bf16`` it is cast in place.
         lower: endless lower batches (this rank's part of each).
         upper: endless upper batches (this rank's part of each).
         config: every choice.
@@ -63,7 +63,10 @@ class BilevelFit:
         self.config = config
         self.proxy = CausalLM(proxy)
         self.score_model = score_model.eval()  # no dropout: a score is a function of the document
-        self.target = CausalLM(target) if target is not None and config.kl_coef > 0 else None
+        self.target = None
+        if target is not None and config.kl_coef > 0:
+            # frozen, so cast once instead of at every pass
+            self.target = CausalLM(target.to(torch.bfloat16) if config.bf16 else target)
         self.lower, self.upper = lower, upper
         self.params = self.proxy.params()
         decay = config.weight_decay
@@ -167,7 +170,7 @@ class BilevelFit:
         """``d_i = < grad l_i, z >``, z from the solver at the proxy's new parameters."""
         config = self.config
         params: Tree = {k: v.detach() for k, v in self.params.items()}
-        upper_gradient, upper_loss, _ = upper_objective(self.proxy, next(self.upper)).gradient(params)
+        upper_gradient, upper_loss, _ = upper_objective(self.proxy, next(self.upper)).gradient(params, config.bf16)
         hvp = lower.hvp(params, config.hvp)
         solution = self._solve(hvp, upper_gradient)
         residual = solution.residual
