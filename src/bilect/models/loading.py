@@ -39,8 +39,7 @@ def load_causal_lm(
         BilectError: nothing found there, or an unknown architecture, or safetensors weights are missing.
     """
     if isinstance(spec, str) and spec not in PRESETS:
-        if spec.startswith((".", "/", "~")) and not Path(spec).expanduser().is_dir():
-            raise BilectError(f"model: no directory {spec}")
+        _check_directory("model", spec)
         try:
             return AutoModelForCausalLM.from_pretrained(
                 os.path.expanduser(spec), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
@@ -67,6 +66,12 @@ def load_causal_lm(
         return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
 
 
+def _check_directory(what: str, spec: str) -> None:
+    """A path that is none must not be taken for a Hub name."""
+    if spec.startswith((".", "/", "~")) and not Path(spec).expanduser().is_dir():
+        raise BilectError(f"{what}: no directory {spec}")
+
+
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     """A tokenizer from a directory, a Hub name or a ``tokenizer.json`` file.
 
@@ -81,6 +86,7 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
             if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
                 tokenizer.eos_token = END_OF_TEXT
         else:
+            _check_directory("tokenizer", spec)
             tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(spec), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BilectError(f"tokenizer: cannot load {spec!r}: {str(error).strip().splitlines()[0]}") from error
