@@ -1,7 +1,5 @@
 """The score model: scores do not depend on padding or company, and it is a Hugging Face model."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -125,23 +123,6 @@ def test_saved_and_loaded_with_auto_model(kind: str, head: str, tmp_path: Path) 
     ids, mask = padded([ids for ids, _ in documents((5, 9, 3))], "right", 12, 0)
     with torch.no_grad():
         assert torch.equal(loaded(ids, mask).scores, model(ids, mask).scores)
-
-
-def test_loads_in_a_new_process_after_importing_bilect(tmp_path: Path) -> None:
-    scorer("gpt_neox").save_pretrained(tmp_path)
-    code = (
-        "import sys, bilect, torch\nfrom transformers import AutoModel\n"
-        "model = AutoModel.from_pretrained(sys.argv[1])\n"
-        "print(type(model).__name__, float(model(torch.tensor([[1, 2, 3]])).scores))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    name, value = done.stdout.split()
-    with torch.no_grad():
-        expected = float(scorer("gpt_neox")(torch.tensor([[1, 2, 3]])).scores)
-    assert name == "ScoreModel" and float(value) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_config_without_trunk_is_refused() -> None:
