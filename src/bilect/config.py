@@ -144,7 +144,9 @@ class FitConfig(_Settings):
     penalty: PositiveFloat = Field(1.0, description="lambda")
     sync_every: Positive = Field(20, description="score steps between two synchronisations of the twins")
     reference_steps: Positive = Field(10, description="K, steps of the twins at each synchronisation")
-    reference_learning_rate: PositiveFloat | None = Field(None, description="of the twins; None: the proxy's")
+    reference_learning_rate: PositiveFloat | None = Field(
+        None, description="of the twins; None: the proxy's. A tenth of it is safer: docs/results_log.md, 4"
+    )
     bf16: bool = Field(False, description="forward passes and inner steps in bfloat16; solves stay float32")
     log_every: Positive = Field(10, description="score steps between two measurements of the solver's residual")
     target_micro_batch: Positive = Field(16, description="documents per forward pass of the target model")
