@@ -4,7 +4,7 @@ The only module that talks to ``torch.distributed``. Launch with ``torchrun``; `
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
 
@@ -97,10 +97,3 @@ def sum_scalar(value: float) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return float(total)
-
-
-def on_main(action: Callable[[], None]) -> None:
-    """Run ``action`` on the main rank while the others wait."""
-    if is_main():
-        action()
-    barrier()

@@ -1,6 +1,7 @@
 """What every stage is given: the run directory, the config, the progress display, and how to read earlier results."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,15 @@ class RunContext:
     config: Config
     progress: Progress
 
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The run's tokenizer."""
+        """The run's tokenizer, read once: every batch asks for its padding."""
         return load_tokenizer(str(self.root / "tokenizer"))
 
     @property
     def pad_id(self) -> int:
         """Padding token; never learned, never read."""
-        return int(self.tokenizer().eos_token_id)
+        return int(self.tokenizer.eos_token_id)
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +69,7 @@ class RunContext:
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         if distributed.is_main():
             model.save_pretrained(folder)
-            self.tokenizer().save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
 
 def target_folder(arm: str, number: int) -> str:

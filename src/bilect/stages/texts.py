@@ -52,7 +52,7 @@ def tokenise_targets(run: RunContext, scratch: Path) -> Figures:
     """Token files of the upper data and of each held-out set, which must not share a document."""
     if not distributed.is_main():
         return {}
-    data, tokenizer, folder = run.config.data, run.tokenizer(), scratch / "tokens"
+    data, tokenizer, folder = run.config.data, run.tokenizer, scratch / "tokens"
     (folder / "heldout").mkdir(parents=True, exist_ok=True)
     with run.progress.task("tokenise the target sets") as task:
         upper = list(read_documents(data.upper_data))

@@ -30,12 +30,12 @@ def warm_up(run: RunContext, scratch: Path, role: str) -> Figures:
     """Train proxy or target on the warm-up shard."""
     spec = run.config.models.proxy if role == "proxy" else run.config.models.target
     settings = run.config.warmup.proxy if role == "proxy" else run.config.warmup.target
-    vocabulary = -(-len(run.tokenizer()) // 64) * 64
+    vocabulary = -(-len(run.tokenizer) // 64) * 64
     seed = derive_seed(run.config.seed, "initial", role)
     model = load_causal_lm(spec, vocab_size=vocabulary, seed=seed, context=run.config.data.context)
-    if model.get_input_embeddings().weight.shape[0] < len(run.tokenizer()):
+    if model.get_input_embeddings().weight.shape[0] < len(run.tokenizer):
         raise BilectError(f"models.{role}: its vocabulary of {model.get_input_embeddings().weight.shape[0]} is smaller "
-                          f"than the tokenizer's {len(run.tokenizer())}")  # fmt: skip
+                          f"than the tokenizer's {len(run.tokenizer)}")  # fmt: skip
     pool = run.pool()
     out = scratch / "warmup" / role
     rows, title = run.shard(0, len(pool)), f"warm up the {role}"
