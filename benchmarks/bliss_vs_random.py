@@ -136,7 +136,7 @@ def one_cell(args: argparse.Namespace, seed: int, target: str, variant: str) -> 
         steps = equal_cost_steps(args, base, fit)
         run = RunContext(root.resolve(), config_of(args, seed, target, fit, steps), SilentProgress())
         (root / "tokens").mkdir()
-        for name in ("tokenizer", "warmup", "tokens/pool.arrow"):
+        for name in ("tokenizer", "warmup", "tokens/pool", "tokens/pool.json"):
             (root / name).symlink_to(base.resolve() / name)
         texts.tokenise_targets(run, root)
         fitted = choosing.fit(run, root, 1)

@@ -30,7 +30,7 @@ from bilect.bilevel.twins import FirstOrderModel, Twins
 from bilect.config import SourceConfig
 from bilect.data.batch import Batch, make_batch
 from bilect.data.documents import read_documents
-from bilect.data.loading import cycle_batches
+from bilect.data.loading import BatchStream
 from bilect.data.tokens import TokenStore, write_tokens
 from bilect.functional import linear_solve
 from bilect.models.causal_lm import CausalLM
@@ -50,7 +50,7 @@ class Setting:
     def __init__(self, args: argparse.Namespace, seed: int) -> None:
         base = (Path(args.out) / f"seed-{seed}" / "base").resolve()
         self.args = args
-        self.pool = TokenStore(base / "tokens" / "pool.arrow")
+        self.pool = TokenStore(base / "tokens" / "pool")
         self.tokenizer = load_tokenizer(str(base / "tokenizer"))
         self.pad_id = int(self.tokenizer.eos_token_id)
         upper_file = base / f"upper-{args.target}.arrow"
@@ -62,9 +62,9 @@ class Setting:
         order = np.random.default_rng(seed).permutation(len(self.pool))
         self.probe = order[: args.probe]
         device = torch.device("cpu")
-        self.lower = cycle_batches(self.pool, order[args.probe :], 16, self.pad_id, seed, device)
-        self.upper = cycle_batches(upper, np.arange(len(upper)), 16, self.pad_id, seed, device)
-        self.positive = np.array([args.positive in self.pool.sources[i] for i in self.probe])
+        self.lower = BatchStream(self.pool, order[args.probe :], 16, self.pad_id, seed, device)
+        self.upper = BatchStream(upper, np.arange(len(upper)), 16, self.pad_id, seed, device)
+        self.positive = np.array([args.positive in source for source in self.pool.sources(self.probe)])
         self.adam = FirstOrderModel(self.proxy.params(), 5e-4, 1.0)
         for _ in range(args.inner_steps):  # the lower optimiser's moments, and a proxy that has moved a little
             self.adam.step(self.objective()[0].gradient(self.adam.params)[0])
@@ -153,7 +153,7 @@ def main() -> None:
         seconds = (time.perf_counter() - start) / args.seeds
         scores = [auc(v, s.positive) for v, s in zip(values, settings, strict=True)]
         first = (values[0] - values[0].mean()) / values[0].std()
-        sources = np.array([settings[0].pool.sources[i] for i in settings[0].probe])
+        sources = np.array(settings[0].pool.sources(settings[0].probe))
         means = sorted(((first[sources == x].mean(), x) for x in set(sources)), reverse=True)[:3]
         figures[name] = {"auc": scores, "seconds": seconds}
         shown = " ".join(f"{a:.3f}" for a in scores)

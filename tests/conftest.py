@@ -1,8 +1,11 @@
 """What every test shares: one thread (two ranks and the suite share two cores), and reproducible draws."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["BILECT_CACHE"] = tempfile.mkdtemp(prefix="bilect-cache-")  # never the user's, nor a subprocess's own
 
 from collections.abc import Iterator
 
@@ -12,6 +15,13 @@ from hypothesis import settings
 
 settings.register_profile("bilect", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("bilect")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache() -> Iterator[None]:
+    folder = os.environ["BILECT_CACHE"]
+    yield
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,8 @@ from bilect.models.loading import load_causal_lm, train_tokenizer
 from bilect.models.score_model import ScoreModel
 from bilect.progress import SilentProgress
 from bilect.scoring import score_rows
-from bilect.training import train
+from bilect.trainer import FusedLoss
+from bilect.training import NotANumberError, forget_training, train
 from tests.corpus import TINY
 
 WORDS = ["the", "sun", "and", "rain", "over", "a", "blue", "hill", "or", "green", "field", "by", "old", "stone"]
@@ -36,10 +37,11 @@ def model(seed=0):
     return load_causal_lm(TINY, vocab_size=320, seed=seed)
 
 
-def run_training(store, folder, network, **settings):
+def run_training(store, folder, network, checkpoint_every=500, **settings):
     config = TrainConfig(**{"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "decay_steps": 3, **settings})
     with SilentProgress().task("t") as task:
         more = {"context": 32, "seed": 1, "task": task, "device": torch.device("cpu")}
+        more["checkpoint_every"] = checkpoint_every
         folder.mkdir(exist_ok=True)
         return train(network, store, np.arange(len(store)), folder, config, **more), config, more
 
@@ -132,12 +134,187 @@ def test_cosine_schedule(store, tmp_path):
     assert rates == pytest.approx([1e-2 * 0.5 * (1 + math.cos(math.pi * k / 6)) for k in range(6)])
 
 
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+class KillingTask:
+    """Ends the training at its ``at``-th advance, a step or what a resumed training takes over at once."""
+
+    def __init__(self, at=10**9):
+        self.at, self.amounts = at, []
+
+    def advance(self, amount=1, **figures):
+        if amount:
+            self.amounts.append(amount)
+            if len(self.amounts) == self.at:
+                raise Killed
+
+
+def interrupted(store, folder, make, kills, *, rows=None, **more):
+    """Attempts that each end at one of ``kills``, then one that finishes; its figures, model and advances."""
+    folder.mkdir(exist_ok=True)
+    for at in [*kills, 10**9]:
+        torch.manual_seed(at)  # a new process has another state
+        task, network = KillingTask(at), make()
+        try:
+            common = {"context": 32, "seed": 1, "task": task, "device": torch.device("cpu"), "checkpoint_every": 3}
+            figures = train(network, store, np.arange(len(store)), folder, more["config"], **{**common, **more["call"]})
+        except Killed:
+            continue
+    return figures, network, task.amounts
+
+
+FAMILIES = {
+    "neox": TINY,
+    "tied": {**TINY, "tie_word_embeddings": True},
+    "dropout": {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "resid_pdrop": 0.3},
+}
+
+
+@pytest.mark.parametrize(
+    ("phase", "family"), [("main", "neox"), ("main", "dropout"), ("goes on", "tied"), ("decay", "neox")]
+)
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(store, tmp_path, family, phase):
+    def make():
+        return load_causal_lm(FAMILIES[family], vocab_size=320, seed=0)
+
+    accumulation = 2 if phase == "main" else 1
+    config = TrainConfig(
+        steps=8, batch_size=4, decay_steps=8, learning_rate=1e-2, schedule="cosine", gradient_accumulation=accumulation
+    )
+    call = {}
+    if phase != "main":
+        interrupted(store, tmp_path / "before", make, [], config=config, call={"checkpoint_every": 500})
+        call = {"start_from": tmp_path / "before", "decay": phase == "decay"}
+    whole = interrupted(store, tmp_path / "whole", make, [], config=config, call=call)
+    resumed = interrupted(store, tmp_path / "resumed", make, [5, 5], config=config, call=call)
+    assert whole[2] == [1] * 8 and resumed[2] == [6, 1, 1]  # stopped at 5, with 3 saved; 3 at once, stopped at 7
+    assert resumed[0] == whole[0]
+    for (name, a), b in zip(whole[1].named_parameters(), resumed[1].parameters(), strict=True):
+        assert torch.equal(a, b), name
+    log = "decay.jsonl" if phase == "decay" else "training.jsonl"
+    assert (tmp_path / "resumed" / log).read_text() == (tmp_path / "whole" / log).read_text()
+    if phase != "decay":
+        a, b = (torch.load(tmp_path / name / "optimizer.pt", weights_only=True) for name in ("whole", "resumed"))
+        assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys()
+        assert all(torch.equal(v, b["state"][i][k]) for i, s in a["state"].items() for k, v in s.items())
+    forget_training(tmp_path / "resumed", decay=phase == "decay")
+    assert not (tmp_path / "resumed" / "trainer").exists()
+
+
+def test_logged_means_do_not_reach_over_a_checkpoint(store, tmp_path):
+    """110 steps are logged in pairs: a checkpoint every 31 is then one every 30."""
+    config, call = TrainConfig(steps=110, batch_size=1, learning_rate=1e-2), {"checkpoint_every": 31}
+    whole = interrupted(store, tmp_path / "whole", model, [], config=config, call=call)
+    resumed = interrupted(store, tmp_path / "resumed", model, [65], config=config, call=call)
+    assert resumed[2] == [60, *[1] * 50]
+    assert (tmp_path / "resumed" / "training.jsonl").read_text() == (tmp_path / "whole" / "training.jsonl").read_text()
+    assert resumed[0] == whole[0]
+
+
+def test_a_half_written_checkpoint_is_passed_over(store, tmp_path):
+    config = TrainConfig(steps=8, batch_size=4, learning_rate=1e-2)
+    whole = interrupted(store, tmp_path / "whole", model, [], config=config, call={})
+    with pytest.raises(Killed):
+        interrupted_once(store, tmp_path / "a", config, 5)
+    checkpoints = tmp_path / "a" / "trainer" / "main"
+    assert [p.name for p in checkpoints.iterdir()] == ["checkpoint-3"]
+    half = checkpoints / "checkpoint-6"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    resumed = interrupted(store, tmp_path / "a", model, [], config=config, call={})
+    assert resumed[2] == [3, 1, 1, 1, 1, 1] and resumed[0] == whole[0]
+
+
+def interrupted_once(store, folder, config, at):
+    folder.mkdir(exist_ok=True)
+    more = {"context": 32, "seed": 1, "device": torch.device("cpu"), "checkpoint_every": 3}
+    train(model(), store, np.arange(len(store)), folder, config, task=KillingTask(at), **more)
+
+
+def test_a_short_training_writes_no_checkpoint(store, tmp_path):
+    with pytest.raises(Killed):
+        interrupted_once(store, tmp_path / "a", TrainConfig(steps=3, batch_size=4), 3)
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
+def test_a_broken_checkpoint_is_one_line(store, tmp_path, name):
+    config = TrainConfig(steps=8, batch_size=4, learning_rate=1e-2)
+    with pytest.raises(Killed):
+        interrupted_once(store, tmp_path / "a", config, 5)
+    checkpoint = tmp_path / "a" / "trainer" / "main" / "checkpoint-3"
+    file = checkpoint / name
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(BilectError, match=rf"cannot read {file} \(.*\); delete {checkpoint} to train") as caught:
+        interrupted_once(store, tmp_path / "a", config, 5)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_optimizer_of_an_earlier_stage_is_one_line(store, tmp_path):
+    (tmp_path / "optimizer.pt").write_bytes(b"PK hello")
+    config = TrainConfig(steps=2, batch_size=4)
+    with pytest.raises(BilectError, match=f"cannot read {tmp_path}/optimizer.pt .*; restore it") as caught:
+        interrupted(store, tmp_path / "a", model, [], config=config, call={"start_from": tmp_path})
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------- not a number
+
+
 def test_a_loss_that_is_not_a_number_stops(store, tmp_path):
     network = model()
     with torch.no_grad():
         network.get_input_embeddings().weight[:] = float("nan")
-    with pytest.raises(BilectError, match="loss is nan at step 1"):
+    with pytest.raises(BilectError, match="loss is not a number at step 1") as caught:
         run_training(store, tmp_path / "a", network)
+    assert isinstance(caught.value, NotANumberError) and caught.value.good_step is None
+
+
+class Poison:
+    """Makes the loss of one forward pass infinite."""
+
+    def __init__(self, monkeypatch, at):
+        self.calls, self.at, plain = 0, at, FusedLoss.forward
+
+        def forward(module, *args, **more):
+            self.calls += 1
+            out = plain(module, *args, **more)
+            return {"loss": out["loss"] * (float("inf") if self.calls == self.at else 1.0)}
+
+        monkeypatch.setattr(FusedLoss, "forward", forward)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_step_is_named_and_the_weights_before_it_are_kept(store, tmp_path, monkeypatch, accumulation):
+    """Logged every other step, checkpointed every fourth: noticed at once all the same."""
+    good = model()
+    settings = {"steps": 100, "gradient_accumulation": accumulation, "schedule": "constant"}
+    stopped = {"context": 32, "seed": 1, "task": KillingTask(5), "device": torch.device("cpu"), "checkpoint_every": 500}
+    config = TrainConfig(batch_size=4, learning_rate=1e-2, **settings)
+    with pytest.raises(Killed):
+        train(good, store, np.arange(len(store)), tmp_path, config, **stopped)
+    Poison(monkeypatch, 7 * accumulation)  # within step 7; that the gradient of step 6 was good is known of the 5th
+    bad = model()
+    with pytest.raises(NotANumberError, match="at step 7") as caught:
+        run_training(store, tmp_path / "a", bad, checkpoint_every=4, **settings)
+    assert (caught.value.step, caught.value.good_step) == (7, 5)
+    for p, q in zip(good.parameters(), bad.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert [p.name for p in (tmp_path / "a" / "trainer" / "main").iterdir()] == ["checkpoint-4"]
+
+
+def test_weights_that_overflow_at_the_last_step_are_no_result(store, tmp_path):
+    network = model()
+    with pytest.raises(NotANumberError) as caught:
+        run_training(store, tmp_path / "a", network, steps=1, learning_rate=1e38, warmup_ratio=0.0, weight_decay=10.0)
+    assert caught.value.good_step == 0
+    for p, q in zip(network.parameters(), model().parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_evaluation_equals_document_by_document(store):

@@ -20,7 +20,10 @@ _PUBLIC = {
     "ScoreModelConfig": "bilect.models.score_model",
     "load_causal_lm": "bilect.models.loading",
     "load_config": "bilect.config",
+    "plan_run": "bilect.plan",
     "run": "bilect.pipeline",
+    "score_files": "bilect.reuse",
+    "select_again": "bilect.reuse",
     "write_report": "bilect.report",
 }
 

@@ -1,13 +1,14 @@
 """Command line: parse, call one function, set the exit code."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bilect import __version__
-from bilect.errors import BilectError
+from bilect.errors import BilectError, explain
 
 __all__ = ["app", "main"]
 
@@ -16,9 +17,34 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Choose training data for language models by bilevel optimisation.",
+    epilog="Start with `bilect demo`, or `bilect init`, then `bilect run`. Completion: `bilect --install-completion`.",
 )
 
-Out = Annotated[Path, typer.Option("--out", help="Run directory; an unfinished run there goes on.")]
+
+class _Size(StrEnum):
+    tiny = "tiny"
+    paper = "paper"
+
+
+class _Format(StrEnum):
+    parquet = "parquet"
+    jsonl = "jsonl.zst"
+
+
+Source = Annotated[Path, typer.Argument(help="Config (YAML, see `bilect init`), or a run directory.", metavar="CONFIG")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Run directory; an unfinished run there goes on. Default: CONFIG, if it is one."),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Setting as key.path=value; repeatable.", metavar="KEY=VALUE")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only show the plan: tokens, operations, time. Writes nothing.")
+]
+Round = Annotated[
+    int | None, typer.Option("--round", help="Of which round; default: the first that is not trained yet.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -36,7 +62,9 @@ def _options(
 
 @app.command()
 def demo(
-    out: Out = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", help="Run directory; an unfinished run there goes on.")] = Path(
+        "runs/demo"
+    ),
     seed: Annotated[int, typer.Option(help="Another seed, another run.")] = 0,
 ) -> None:
     """BLISS on real text, in minutes, on a CPU: selected against random data at equal tokens."""
@@ -46,15 +74,119 @@ def demo(
 
 
 @app.command()
-def run(
-    config: Annotated[Path, typer.Argument(help="YAML file, see examples/.")],
-    out: Out,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key.path=value; repeatable.")] = None,
+def init(
+    file: Annotated[Path, typer.Argument(help="New config file.")] = Path("bilect.yaml"),
+    pool: Annotated[list[str] | None, typer.Option(help="File, folder, glob or URL of the pool; repeatable.")] = None,
+    upper: Annotated[list[str] | None, typer.Option(help="Target set: what good means; repeatable.")] = None,
+    heldout: Annotated[list[str] | None, typer.Option(help="Held-out set, for reporting; repeatable.")] = None,
+    size: Annotated[_Size, typer.Option(help="tiny: minutes on a CPU; paper: 31M proxy, 410M target.")] = _Size.tiny,
 ) -> None:
-    """Carry out a run, or what is left of it."""
-    from bilect.terminal import run_with_progress
+    """Write a commented config to start from."""
+    from bilect.config_template import starting_values, write_template
 
-    run_with_progress(config, out, overrides or [])
+    values = starting_values(
+        pool or ["data/pool/"], upper or ["data/upper.jsonl"], heldout or ["data/heldout.jsonl"], size.value
+    )
+    write_template(file, values)
+    typer.echo(f"{file}: edit it, then `bilect run {file} --out runs/{file.stem} --dry-run`")
+
+
+@app.command()
+def run(config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Carry out a run, or what is left of it."""
+    _carry_out("run", config, out, overrides, None, dry_run)
+
+
+@app.command()
+def warmup(config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Tokenise, and train proxy and target on random documents."""
+    _carry_out("warmup", config, out, overrides, None, dry_run)
+
+
+@app.command()
+def fit(
+    config: Source, out: Out = None, number: Round = None, overrides: Overrides = None, dry_run: DryRun = False
+) -> None:
+    """Fit the score model of a round (and what it needs)."""
+    _carry_out("fit", config, out, overrides, number, dry_run)
+
+
+@app.command()
+def score(
+    config: Source,
+    out: Out = None,
+    number: Round = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Score these files instead, with the score model of the run CONFIG; results go to --out."),
+    ] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(help="With --data: NAME=FIELD, such as text=content; repeatable.")
+    ] = None,
+) -> None:
+    """Score the shard of a round, or other files with the score model of a finished run."""
+    if data:
+        from bilect.terminal import score_with_progress
+
+        score_with_progress(config, data, _needed(out, "score --data"), field or [])
+    else:
+        _carry_out("score", config, out, overrides, number, dry_run)
+
+
+@app.command()
+def select(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Run directory or folder of score files; or a config: then --out is its run directory."),
+    ],
+    keep: Annotated[float | None, typer.Option(help="Share of the tokens to keep.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens to keep: 25M, 1.5B, 300k or a number.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Documents to keep.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of Gumbel noise on the scores; 0: the plain top.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    min_share: Annotated[list[str] | None, typer.Option(help="SOURCE=SHARE, at least; repeatable.")] = None,
+    max_share: Annotated[list[str] | None, typer.Option(help="SOURCE=SHARE, at most; '*' for all others.")] = None,
+    file_format: Annotated[_Format | None, typer.Option("--format", help="Of the kept documents.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write; default: RUN/selections/NAME.")] = None,
+    number: Annotated[int | None, typer.Option("--round", help="Scores of which round; default: the last.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Keep another share, budget or mix from scores that are there: no new scoring."""
+    from bilect.reuse import selection_settings
+    from bilect.terminal import select_with_progress
+
+    settings = selection_settings(
+        keep_ratio=keep,
+        budget_tokens=tokens,
+        top_k=top_k,
+        temperature=temperature,
+        min_share=min_share,
+        max_share=max_share,
+        format=None if file_format is None else file_format.value,
+    )
+    if source.is_dir():
+        select_with_progress(source, out, settings, number, seed)
+    else:
+        pairs = [f"selection={settings}"] if settings else []
+        _carry_out("select", source, out, [*pairs, *(overrides or [])], number, False)
+
+
+@app.command()
+def train(
+    config: Source, out: Out = None, number: Round = None, overrides: Overrides = None, dry_run: DryRun = False
+) -> None:
+    """Train the target, and its controls, on the documents of a round."""
+    _carry_out("train", config, out, overrides, number, dry_run)
+
+
+@app.command("eval")
+def evaluate(
+    config: Source, out: Out = None, number: Round = None, overrides: Overrides = None, dry_run: DryRun = False
+) -> None:
+    """Held-out losses of the targets of a round."""
+    _carry_out("eval", config, out, overrides, number, dry_run)
 
 
 @app.command()
@@ -67,16 +199,41 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> N
     typer.echo(str(write_report(run_dir)))
 
 
+def _carry_out(
+    command: str, source: Path, out: Path | None, overrides: list[str] | None, number: int | None, dry_run: bool
+) -> None:
+    from bilect.terminal import plan_on_screen, run_with_progress
+
+    if source.is_dir():
+        if not (source / "config.yaml").is_file():
+            raise BilectError(f"{command}: {source} is not a run directory (no config.yaml)")
+        source, out = source / "config.yaml", out or source
+    folder = _needed(out, command)
+    if dry_run:
+        plan_on_screen(source, folder, overrides or [])
+    else:
+        run_with_progress(source, folder, overrides or [], command=command, number=number)
+
+
+def _needed(out: Path | None, command: str) -> Path:
+    if out is None:
+        raise BilectError(f"{command}: --out DIR is missing (where the run is written)")
+    return out
+
+
 def main() -> None:
-    """Entry point: a ``BilectError`` is one line on stderr and exit code 2."""
+    """Entry point: what the user can put right is one line on stderr and exit code 2."""
     try:
         app()
-    except BilectError as error:
-        print(f"bilect: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("bilect: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"bilect: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ An unknown key is an error that names the nearest known one.
 """
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +24,8 @@ __all__ = [
     "WarmupConfig",
     "load_config",
     "parse_config",
+    "parse_selection",
+    "parse_source",
 ]
 
 Positive = Annotated[int, Field(gt=0)]
@@ -36,10 +39,31 @@ class _Settings(BaseModel):
 
 
 class SourceConfig(_Settings):
-    """One part of the pool or of a target set."""
+    """One part of the pool, or one target set; either ``path`` or ``dataset``."""
 
-    path: str = Field(description="file, directory or glob: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt")
+    path: str | None = Field(
+        None, description="file, directory, glob or fsspec URL: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt"
+    )
+    dataset: str | None = Field(
+        None, description="Hub name, or folder, that datasets.load_dataset reads (needs bilect[hub])"
+    )
+    subset: str | None = Field(None, description="configuration of the dataset, where it has several")
+    split: str = Field("train", description="of the dataset")
     source: str | None = Field(None, description="label of its documents that carry none; default: the file's stem")
+    fields: dict[Literal["text", "prompt", "response", "id", "source"], str] = Field(
+        {}, description="names of the fields where they differ, such as {prompt: question, response: answer}"
+    )
+    weight: PositiveFloat = Field(
+        1.0,
+        description="pool: how often warm-up, fit and the random control see its documents per pass; "
+        "upper data: weight of its mean loss in the upper objective",
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "SourceConfig":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either path or dataset")
+        return self
 
 
 class DataConfig(_Settings):
@@ -51,6 +75,9 @@ class DataConfig(_Settings):
     context: Positive = Field(1024, description="tokens; the paper uses 1024")
     long_documents: Literal["truncate", "chunk"] = Field(
         "truncate", description="documents of the pool longer than the context: keep the start, or cut into pieces"
+    )
+    on_bad_record: Literal["fail", "skip"] = Field(
+        "fail", description="a record that cannot be used: stop, or leave it out, count it and list it"
     )
     tokenizer: str | None = Field(
         None, description="directory, Hub name or tokenizer.json; None: trained on the pool unless a model brings one"
@@ -159,22 +186,48 @@ class FitConfig(_Settings):
 
 
 class SelectionConfig(_Settings):
-    """How much of a scored shard is kept; exactly one of the two."""
+    """How much of a scored shard is kept: exactly one of keep_ratio, budget_tokens and top_k; and from where."""
 
     keep_ratio: Fraction | None = Field(0.2, description="share of the tokens (paper: 0.2)")
     budget_tokens: Positive | None = Field(None, description="tokens per round")
+    top_k: Positive | None = Field(None, description="documents per round")
+    temperature: NonNegative = Field(
+        0.0, description="of Gumbel noise added to the scores: a sample without replacement; 0 is the plain top"
+    )
+    min_share: dict[str, Fraction] = Field(
+        {}, description="source: least share of the kept tokens (documents, with top_k)"
+    )
+    max_share: dict[str, Fraction] = Field(
+        {}, description="source: greatest share; '*' stands for every source that is not named"
+    )
+    format: Literal["parquet", "jsonl.zst"] = Field("parquet", description="of the kept documents")
 
     @model_validator(mode="before")
     @classmethod
     def _one(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and values.get("budget_tokens") is not None:
-            if values.get("keep_ratio") is not None:
-                raise ValueError("give keep_ratio or budget_tokens, not both")
-            return {**values, "keep_ratio": None}
+        if isinstance(values, Mapping):
+            given = [k for k in ("keep_ratio", "budget_tokens", "top_k") if values.get(k) is not None]
+            if len(given) > 1:
+                raise ValueError(f"give one of keep_ratio, budget_tokens and top_k, not {' and '.join(given)}")
+            if given and given != ["keep_ratio"]:
+                return {**values, "keep_ratio": None}
         return values
 
+    @model_validator(mode="after")
+    def _shares(self) -> "SelectionConfig":
+        if self.keep_ratio is self.budget_tokens is self.top_k is None:
+            raise ValueError("give keep_ratio, budget_tokens or top_k")
+        if sum(self.min_share.values()) > 1 + 1e-9:
+            raise ValueError(f"the shares in min_share add up to {sum(self.min_share.values()):g}, more than 1")
+        for source, least in self.min_share.items():
+            if least > self.max_share.get(source, self.max_share.get("*", 1.0)):
+                raise ValueError(f"min_share of {source!r} is greater than its max_share")
+        return self
+
     def budget(self, pool_tokens: int) -> float:
-        """Tokens to keep out of ``pool_tokens``."""
+        """Tokens to keep out of ``pool_tokens``; without bound under ``top_k``."""
+        if self.top_k is not None:
+            return math.inf
         return float(self.budget_tokens) if self.budget_tokens is not None else (self.keep_ratio or 0.0) * pool_tokens
 
 
@@ -195,6 +248,7 @@ class Config(_Settings):
         ("random",), description="arms trained on the same number of tokens for comparison"
     )
     score_batch_tokens: Positive = Field(8192, description="tokens per scoring batch and per evaluation batch")
+    checkpoint_every: Positive = Field(500, description="steps of the fit and of training between two checkpoints")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
 
     @model_validator(mode="after")
@@ -216,13 +270,13 @@ def _known_keys(model: type[BaseModel], at: Sequence[Any]) -> list[str]:
     return list(model.model_fields)
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
     errors = error.errors()
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a typo explains the rest
     where = ".".join(str(p) for p in first["loc"]) or "config"
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])
-        known = _known_keys(Config, first["loc"][:-1])
+        known = _known_keys(root, first["loc"][:-1])
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {where!r}; {hint}"
@@ -241,7 +295,23 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise BilectError(_explain(error)) from error
+        raise BilectError(_explain(error, Config)) from error
+
+
+def parse_selection(values: Mapping[str, Any]) -> SelectionConfig:
+    """Checked settings of a selection alone; as ``parse_config``."""
+    try:
+        return SelectionConfig.model_validate(values)
+    except ValidationError as error:
+        raise BilectError(f"selection: {_explain(error, SelectionConfig)}") from error
+
+
+def parse_source(values: Mapping[str, Any]) -> SourceConfig:
+    """One checked source alone; as ``parse_config``."""
+    try:
+        return SourceConfig.model_validate(values)
+    except ValidationError as error:
+        raise BilectError(f"data: {_explain(error, SourceConfig)}") from error
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -1,6 +1,13 @@
-"""The one exception that users see as a single clear line (exit code 2)."""
+"""The one exception that users see as a single clear line (exit code 2), and what else deserves such a line."""
 
-__all__ = ["BilectError"]
+import errno
+import os
+
+__all__ = ["BilectError", "explain", "reason"]
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_SIGNS = (*map(os.strerror, _FULL), *(f"os error {number}" for number in _FULL), "inline_container.cc")
 
 
 class BilectError(Exception):
@@ -8,3 +15,36 @@ class BilectError(Exception):
 
     The message is one line that says what is wrong, where, and what to do.
     """
+
+
+def explain(error: BaseException) -> str | None:
+    """What to tell the user of an error that is not a fault of the program; None where it is one.
+
+    A full disk is reported by every library in its own way, often as the cause of something else.
+    """
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, BilectError):
+            return str(link)
+    for link in chain:
+        text = " ".join(str(link).split())
+        if getattr(link, "errno", None) in _FULL or any(sign in text for sign in _FULL_SIGNS):
+            where = getattr(link, "filename", None)
+            return (f"no space left on the device{f' ({where})' if where else ''}; nothing is half-written: free some, "
+                    "then the same command goes on")  # fmt: skip
+        if isinstance(link, PermissionError):
+            return f"no permission to use {link.filename}"
+        if type(link).__name__ == "OutOfMemoryError":
+            return f"out of memory on the device ({text.split('.')[0]}); lower the batch sizes or use bf16"
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """What somebody else's exception says, in one line, for the middle of ours."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

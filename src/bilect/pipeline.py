@@ -2,34 +2,135 @@
 
     text -> tokens -> warm-up -> [ fit -> score -> select -> train -> evaluate ] x rounds -> summary -> report
 
-Each stage is skipped when its result is already there (``run_dir.py``); what it does is in ``stages.py``.
+Each stage is skipped when its result is already there (``run_dir.py``); what it does is in ``stages/``.
 """
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from bilect.config import Config
+from bilect.errors import BilectError
 from bilect.progress import Progress, SilentProgress
 from bilect.report import write_report
-from bilect.run_dir import RunDir, write_json, write_text
+from bilect.run_dir import RunDir, content_hash, locked, write_json, write_text
 from bilect.runtime import distributed
 from bilect.stages import choosing, texts, training
 from bilect.stages.context import RunContext, target_folder
 from bilect.summary import summarise
 
-__all__ = ["run"]
+__all__ = ["Command", "Stage", "run", "stages", "states"]
+
+Command = Literal["warmup", "fit", "score", "select", "train", "eval", "run"]
 
 
-def run(config: Config, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        name: unique; in ``run.json`` and on the screen.
+        action: writes results below the folder it is given and returns figures.
+        settings: everything its result depends on that is no earlier stage.
+        after: the stages whose results it reads.
+        command: of the command line that it belongs to.
+        round: 0 before the first round.
+    """
+
+    name: str
+    action: Callable[[Path], Mapping[str, Any]]
+    settings: Any
+    after: tuple[str, ...] = ()
+    command: Command = "warmup"
+    round: int = 0
+
+
+def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
+    """All stages of a run, in order.
+
+    Args:
+        context: of the run.
+        inputs: identity of the input files by role, see ``stages.texts.input_hashes``.
+    """
+    config, plan = context.config, list[Stage]()
+    settings = config.model_dump()
+    data, models, warmup = settings["data"], settings["models"], settings["warmup"]
+    upper, heldout = data.pop("upper_data"), data.pop("heldout_data")
+    split = {
+        "seed": config.seed,
+        "ranks": distributed.world_size(),
+        "rounds": config.rounds,
+        "share": warmup["share"],
+        "heldout": [heldout, inputs["heldout_data"]],  # its documents are taken out of the pool
+    }
+
+    def add(
+        command: Command, in_round: int, name: str, action: Any, settings: Any, after: Iterable[str], **more: Any
+    ) -> None:
+        name = f"round {in_round}: {name}" if in_round else name
+        plan.append(Stage(name, partial(action, context, **more), settings, tuple(after), command, in_round))
+
+    add("warmup", 0, "tokenise pool", texts.tokenise_pool, [data, models, inputs["lower_data"]], [])
+    targets = [upper, heldout, inputs["upper_data"], inputs["heldout_data"]]
+    add("warmup", 0, "tokenise targets", texts.tokenise_targets, targets, ["tokenise pool"])
+    for role in ("proxy", "target"):
+        add(
+            "warmup",
+            0,
+            f"warm up {role}",
+            training.warm_up,
+            [split, models[role], warmup[role]],
+            ["tokenise pool"],
+            role=role,
+        )
+    after = ["tokenise targets", "warm up target"]
+    add("eval", 0, "evaluate warm", training.evaluate, [], after, folder="warmup/target")
+
+    arms = ["bliss", *config.controls]
+    ready = {arm: "warm up target" for arm in arms}  # the last stage of each arm's target
+    carried = ["warm up proxy", "tokenise targets"]  # what the next fit starts from, besides the target
+    for n in range(1, config.rounds + 1):
+        fitting = [split, settings["fit"], models["score_head"], config.reset_proxy, config.carry_score_model]
+        add("fit", n, "fit", choosing.fit, fitting, [*carried, ready["bliss"]], number=n)
+        add("score", n, "score", choosing.score, [], [f"round {n}: fit"], number=n)
+        add("select", n, "select", choosing.select, settings["selection"], [f"round {n}: score"], number=n)
+        for arm in arms:
+            after = [f"round {n}: select", ready[arm]] if arm == "bliss" else [ready[arm]]
+            kept = [split, settings["training"], settings["selection"]]
+            add("train", n, f"train {arm}", training.train_arm, kept, after, number=n, arm=arm)
+            ready[arm] = plan[-1].name
+            after = ["tokenise targets", ready[arm]]
+            add("eval", n, f"evaluate {arm}", training.evaluate, [], after, folder=target_folder(arm, n))
+        add("eval", n, "fidelity", training.fidelity, [], [f"round {n}: fit", ready["bliss"]], number=n)
+        carried = [f"round {n}: fit", "warm up proxy", "tokenise targets"]
+    add("run", 0, "publish", training.publish, [], [ready["bliss"]])
+    return plan
+
+
+def run(
+    config: Config,
+    out: Path,
+    progress: Progress | None = None,
+    *,
+    command: Command = "run",
+    number: int | None = None,
+) -> dict[str, Any]:
     """Carry out a run, or what is left of it, and return its summary.
 
     Args:
         config: of the run.
         out: the run directory.
         progress: what the reader sees; nothing by default.
+        command: "run" for everything; otherwise only the stages of this command in one round, and what they need.
+        number: the round; by default the first whose target is not trained yet (for "eval": the last that is).
+
+    Returns:
+        The summary; of a part of a run, the records of its stages by name.
 
     Raises:
         BilectError: one line on what is wrong with the input.
@@ -39,57 +140,24 @@ def run(config: Config, out: Path, progress: Progress | None = None) -> dict[str
     out = out.resolve()
     context = RunContext(out, config, progress if progress is not None and main else SilentProgress())
     inputs = texts.input_hashes(context)
-    directory = RunDir(out, config.seed, main=main, barrier=distributed.barrier)
-    directory.manifest["inputs"] = inputs
+    with locked(out) if main else nullcontext():
+        directory = RunDir(out, config.seed, main=main, barrier=distributed.barrier)
+        directory.manifest["inputs"] = inputs
+        return _carry_out(context, directory, command, number)
+
+
+def _carry_out(context: RunContext, directory: RunDir, command: Command, number: int | None) -> dict[str, Any]:
+    config, out, main, inputs = context.config, context.root, distributed.is_main(), directory.manifest["inputs"]
     if main:
         write_text(out / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-
-    settings = config.model_dump()
-    data, models, warmup = settings["data"], settings["models"], settings["warmup"]
-    upper, heldout = data.pop("upper_data"), data.pop("heldout_data")
-    split = {"seed": config.seed, "ranks": distributed.world_size(), "rounds": config.rounds, "share": warmup["share"]}
-    step = directory.stage
-
-    step("tokenise pool", partial(texts.tokenise_pool, context), settings=[data, models, inputs["lower_data"]])
-    step(
-        "tokenise targets",
-        partial(texts.tokenise_targets, context),
-        settings=[upper, heldout, inputs["upper_data"], inputs["heldout_data"]],
-        after=["tokenise pool"],
-    )
-    for role in ("proxy", "target"):
-        warm = partial(training.warm_up, context, role=role)
-        step(f"warm up {role}", warm, settings=[split, models[role], warmup[role]], after=["tokenise pool"])
-    evaluate = partial(training.evaluate, context, folder="warmup/target")
-    step("evaluate warm", evaluate, settings=[], after=["tokenise targets", "warm up target"])
-
-    arms = ["bliss", *config.controls]
-    ready = {arm: "warm up target" for arm in arms}  # the last stage of each arm's target
-    carried = ["warm up proxy", "tokenise targets"]  # what the next fit starts from, besides the target
-    for number in range(1, config.rounds + 1):
-        r = f"round {number}"
-        fitting = [split, settings["fit"], models["score_head"], config.reset_proxy, config.carry_score_model]
-        step(
-            f"{r}: fit",
-            partial(choosing.fit, context, number=number),
-            settings=fitting,
-            after=[*carried, ready["bliss"]],
-        )
-        step(f"{r}: score", partial(choosing.score, context, number=number), settings=[], after=[f"{r}: fit"])
-        select = partial(choosing.select, context, number=number)
-        step(f"{r}: select", select, settings=settings["selection"], after=[f"{r}: score"])
-        for arm in arms:
-            train = partial(training.train_arm, context, number=number, arm=arm)
-            after = [f"{r}: select", ready[arm]] if arm == "bliss" else [ready[arm]]
-            step(f"{r}: train {arm}", train, settings=[split, settings["training"], settings["selection"]], after=after)
-            ready[arm] = f"{r}: train {arm}"
-            evaluate = partial(training.evaluate, context, folder=target_folder(arm, number))
-            step(f"{r}: evaluate {arm}", evaluate, settings=[], after=["tokenise targets", ready[arm]])
-        fidelity = partial(training.fidelity, context, number=number)
-        step(f"{r}: fidelity", fidelity, settings=[], after=[f"{r}: fit", ready["bliss"]])
-        carried = [f"{r}: fit", "warm up proxy", "tokenise targets"]
-    step("publish", partial(training.publish, context), settings=[], after=[ready["bliss"]])
-
+    plan = stages(context, inputs)
+    if command != "run":
+        wanted = _wanted(plan, states(plan, directory.manifest), command, number)
+        records = {s.name: directory.stage(s.name, s.action, settings=s.settings, after=s.after) for s in wanted}
+        directory.save()
+        return {s.name: records[s.name] for s in wanted}
+    for s in plan:
+        directory.stage(s.name, s.action, settings=s.settings, after=s.after)
     directory.finish()
     summary = summarise(out, config, directory.manifest)
     if main:
@@ -97,3 +165,28 @@ def run(config: Config, out: Path, progress: Progress | None = None) -> dict[str
         write_report(out)
     distributed.barrier()
     return summary
+
+
+def states(plan: Sequence[Stage], manifest: Mapping[str, Any]) -> dict[str, bool]:
+    """Which stages are done with their present settings and inputs."""
+    records, keys, done = manifest.get("stages", {}), dict[str, str](), dict[str, bool]()
+    for s in plan:
+        keys[s.name] = content_hash([s.name, s.settings, [keys[name] for name in s.after]])
+        done[s.name] = records.get(s.name, {}).get("key") == keys[s.name]
+    return done
+
+
+def _wanted(plan: Sequence[Stage], done: Mapping[str, bool], command: Command, number: int | None) -> list[Stage]:
+    """The stages of a command in one round, with everything that they need, in order."""
+    rounds = max(s.round for s in plan)
+    if number is None:
+        trained = [n for n in range(1, rounds + 1) if done[f"round {n}: train bliss"]]
+        current = min(max(trained, default=0) + 1, rounds)
+        number = max(trained, default=current) if command == "eval" else current
+    if not 1 <= number <= rounds:
+        raise BilectError(f"round {number}: the config has rounds 1 to {rounds}")
+    names = {s.name for s in plan if s.command == command and s.round in (0, number)}
+    for s in reversed(plan):
+        if s.name in names:
+            names |= set(s.after)
+    return [s for s in plan if s.name in names]

@@ -19,8 +19,8 @@ class Task(Protocol):
 class Progress(Protocol):
     """What stages report to."""
 
-    def task(self, name: str, total: float | None = None) -> Any:
-        """Context manager of a ``Task``."""
+    def task(self, name: str, total: float | None = None, unit: str | None = None) -> Any:
+        """Context manager of a ``Task`` of ``total`` units; with a ``unit``, the speed is shown."""
 
     def note(self, text: str) -> None:
         """One line for the reader."""
@@ -35,7 +35,7 @@ class SilentProgress:
     """Shows nothing."""
 
     @contextmanager
-    def task(self, name: str, total: float | None = None) -> Iterator[Task]:
+    def task(self, name: str, total: float | None = None, unit: str | None = None) -> Iterator[Task]:
         """A task that shows nothing."""
         yield _Silent()
 
@@ -44,14 +44,24 @@ class SilentProgress:
 
 
 class _RichTask:
-    def __init__(self, owner: "RichProgress", name: str, total: float | None) -> None:
-        self.owner, self.name, self.figures = owner, name, ""
+    def __init__(self, owner: "RichProgress", name: str, total: float | None, unit: str | None) -> None:
+        self.owner, self.name, self.unit = owner, name, unit
+        self.shown, self.done, self.start = "", 0.0, time.perf_counter()
         self.id = owner.bars.add_task(name, total=total, figures="")
 
     def advance(self, amount: float = 1, **figures: float | None) -> None:
-        shown = "  ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in figures.items() if v is not None)
-        self.figures = shown or self.figures
+        self.done += amount
+        self.shown = (
+            "  ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in figures.items() if v is not None) or self.shown
+        )
         self.owner.bars.update(self.id, advance=amount, figures=self.figures)
+
+    @property
+    def figures(self) -> str:
+        if self.unit is None:
+            return self.shown
+        speed = self.done / max(time.perf_counter() - self.start, 1e-9)
+        return f"{speed:,.0f} {self.unit}/s  {self.shown}".rstrip()
 
 
 class RichProgress:
@@ -82,10 +92,10 @@ class RichProgress:
         self.bars.stop()
 
     @contextmanager
-    def task(self, name: str, total: float | None = None) -> Iterator[Task]:
+    def task(self, name: str, total: float | None = None, unit: str | None = None) -> Iterator[Task]:
         """A bar while the stage runs, a line when it is done."""
         start = time.perf_counter()
-        task = _RichTask(self, name, total)
+        task = _RichTask(self, name, total, unit)
         if not self.console.is_terminal:
             self.console.print(f"  [dim]...[/dim] {name}")
         try:

@@ -61,6 +61,7 @@ def summarise(out: Path, config: Config, manifest: dict[str, Any]) -> dict[str, 
         "flops": _costs(records, "flops"),
         "cost": {key: _sums(records, key, arms) for key in ("seconds", "flops")},
         **{key: rounds[-1][key] for key in ("kept_share_by_source", "pool_share_by_source", "kept_fraction_by_source")},
+        "skipped": {role: records[f"tokenise {role}"].get("skipped", {}) for role in ("pool", "targets")},
         "fidelity": fidelity,
         "rounds": rounds,
     }

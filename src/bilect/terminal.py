@@ -1,33 +1,131 @@
-"""A run as a person sees it: live progress, then a table."""
+"""Runs, plans and selections as a person sees them: live progress, then a table."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bilect.config import Config, load_config
+from bilect.errors import BilectError
 from bilect.progress import RichProgress
 
-__all__ = ["run_with_progress", "show_run"]
+__all__ = ["plan_on_screen", "run_with_progress", "score_with_progress", "select_with_progress", "show_run"]
 
 
-def run_with_progress(config_file: Path, out: Path, overrides: Sequence[str]) -> None:
-    """``bilect run``: read the config, then ``show_run``."""
-    show_run(load_config(config_file, overrides), out)
+def run_with_progress(
+    config_file: Path, out: Path, overrides: Sequence[str], *, command: str = "run", number: int | None = None
+) -> None:
+    """``bilect run`` and its parts: read the config, then ``show_run``."""
+    show_run(load_config(config_file, overrides), out, command=command, number=number)
 
 
-def show_run(config: Config, out: Path) -> dict[str, Any]:
-    """Carry out a run with live progress and print its table."""
+def show_run(config: Config, out: Path, *, command: Any = "run", number: int | None = None) -> dict[str, Any]:
+    """Carry out a run, or one part of it, with live progress, and print its table."""
     with RichProgress() as progress:
         from transformers.utils import logging
 
         from bilect.pipeline import run
 
         logging.disable_progress_bar()  # ours says more
-        summary = run(config, out, progress)
+        summary = run(config, out, progress, command=command, number=number)
+        if command != "run":
+            progress.console.print(_stage_table(summary))
+            progress.note(f"Results: {out}")
+            return summary
+        for role, reasons in summary.get("skipped", {}).items():
+            listed = ", ".join(f"{n} ({reason})" for reason, n in reasons.items())
+            if listed:
+                progress.note(f"Left out of the {role}: {listed}; listed in {out / 'tokens' / 'skipped.jsonl'}")
         progress.console.print(_table(summary))
         progress.note(summary["verdict"])
         progress.note(f"Report: {out / 'report.html'}   Numbers: {out / 'summary.json'}")
     return summary
+
+
+def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str]) -> None:
+    """``--dry-run``: the stages, what is done, and what the rest costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bilect.plan import plan_run
+
+    lines = plan_run(load_config(config_file, overrides), out)
+    table = Table(title=f"Plan of {out}: nothing is written")
+    for name in ("stage", "state", "tokens", "TFLOPs", "about"):
+        table.add_column(name, justify="left" if name in ("stage", "state") else "right")
+    for line in lines:
+        state = "done" if line.done else "to do"
+        table.add_row(line.name, state, f"{line.tokens:,}", f"{line.flops / 1e12:,.2f}", _duration(line.seconds))
+    left = [line for line in lines if not line.done]
+    table.add_section()
+    sums = [sum(getattr(line, name) for line in left) for name in ("tokens", "flops", "seconds")]
+    table.add_row("left in all", "", f"{sums[0]:,}", f"{sums[1] / 1e12:,.2f}", _duration(sums[2]))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print("Tokens are estimated from samples of the files; times from a short probe of this machine.")
+
+
+def score_with_progress(run_dir: Path, data: Sequence[str], out: Path, fields: Sequence[str]) -> None:
+    """``bilect score RUN --data FILES``: scores of other files by a run's score model."""
+    with RichProgress() as progress:
+        from transformers.utils import logging
+
+        from bilect.reuse import score_files
+
+        logging.disable_progress_bar()
+        names = dict(_pair(text) for text in fields) if fields else None
+        figures = score_files(run_dir, data, out, progress=progress, fields=names)
+        counts = f"{figures['documents']:,} documents, {figures['tokens']:,} tokens"
+        progress.note(f"{counts}: {out / 'scores'}; `bilect select {out} --keep 0.2` keeps the best")
+
+
+def select_with_progress(
+    source: Path, out: Path | None, settings: Mapping[str, Any], number: int | None, seed: int
+) -> None:
+    """``bilect select RUN``: another selection from scores that are there."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bilect.reuse import select_again
+
+    chosen, folder = select_again(source, out, settings, number=number, seed=seed)
+    table = Table(title=f"{chosen.documents:,} of {chosen.pool_documents:,} documents, "
+                        f"{chosen.tokens:,} of {chosen.pool_tokens:,} tokens kept")  # fmt: skip
+    for name in ("source", "share of the pool", "share of what is kept", "documents kept"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for name, share in sorted(chosen.pool_share.items(), key=lambda item: -chosen.kept_share[item[0]]):
+        row = (share, chosen.kept_share[name], chosen.kept_fraction[name])
+        table.add_row(name, *(f"{100 * value:.1f}%" for value in row))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    if chosen.note:
+        console.print(chosen.note)
+    console.print(f"Kept: {folder / 'kept.*'}   Dropped, with rank and reason: {folder / 'dropped.parquet'}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, field = text.partition("=")
+    if not (name and sign and field):
+        raise BilectError(f"--field {text}: expected NAME=FIELD, for instance text=content")
+    return name, field
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _stage_table(records: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table()
+    for name in ("stage", "tokens", "seconds", "TFLOPs"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for name, record in records.items():
+        table.add_row(
+            name, f"{record.get('tokens', 0):,}", f"{record['seconds']:.1f}", f"{record.get('flops', 0) / 1e12:.2f}"
+        )
+    return table
 
 
 def _table(summary: dict[str, Any]) -> Any:
@@ -45,6 +143,9 @@ def _table(summary: dict[str, Any]) -> Any:
             for key in ("seconds", "flops")
         ]
         table.add_row(arm, f"{loss:.4f}", perplexity, f"{tokens:,}", f"{costs[0]:.0f}", f"{costs[1] / 1e12:.2f}")
+        if len(sets) > 1:
+            for name, figures in sets.items():
+                table.add_row(f"  {name}", f"{figures['loss']:.4f}", f"{figures['perplexity']:.1f}", "", "", "")
     table.add_section()
     cost = summary["cost"]["seconds"]["selection"], summary["cost"]["flops"]["selection"] / 1e12
     table.add_row("choosing (bliss only)", "", "", "", f"{cost[0]:.0f}", f"{cost[1]:.2f}")

@@ -245,7 +245,7 @@ def test_lower_gradient(model: PreTrainedModel, reverse: bool) -> None:
         lm, batch, weights, target=target_on_batch(CausalLM(target), batch), kl_coef=0.4, l2_coef=0.01,
         direction="proxy_to_target" if reverse else "target_to_proxy",
     )  # fmt: skip
-    actual, ce, kl = lower.gradient(lm.params())
+    actual, ce, kl, _ = lower.gradient(lm.params())
 
     def whole(p: Tree) -> Tensor:
         return reference_lower(model, p, docs, weights, target=target, kl_coef=0.4, l2_coef=0.01, reverse=reverse)
@@ -260,7 +260,7 @@ def test_lower_gradient(model: PreTrainedModel, reverse: bool) -> None:
 def test_upper_gradient_is_of_the_mean_over_tokens(model: PreTrainedModel) -> None:
     docs = documents(LENGTHS, GIVEN)
     lm = CausalLM(model)
-    actual, loss, _ = upper_objective(lm, batch_of(docs)).gradient(lm.params())
+    actual, loss, *_ = upper_objective(lm, batch_of(docs)).gradient(lm.params())
     expected = gradient_of(lambda p: reference_upper(model, p, docs), lm.params())
     assert relative(flatten(actual), flatten(expected)) <= 1e-10
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_gradient_at_given_parameters_not_the_models_own(model: PreTrainedModel)
         k: p.detach() + 0.1 * r
         for (k, p), r in zip(lm.params().items(), random_like(lm.params()).values(), strict=True)
     }
-    actual, _, _ = upper_objective(lm, batch_of(docs)).gradient(moved)
+    actual, *_ = upper_objective(lm, batch_of(docs)).gradient(moved)
     expected = gradient_of(lambda p: reference_upper(model, p, docs), moved)
     assert relative(flatten(actual), flatten(expected)) <= 1e-10
     assert unflatten(flatten(actual), moved).keys() == moved.keys()

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from itertools import cycle, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from bilect.bilevel.objective import lower_objective, target_on_batch
 from bilect.bilevel.offline import BilevelFit
 from bilect.config import FitConfig
 from bilect.data.batch import Batch
+from bilect.errors import BilectError
 from bilect.models.causal_lm import CausalLM
 from bilect.models.score_model import ScoreModel
+from bilect.runtime.checkpoints import load_state, save_state
 from tests.helpers import (
     KINDS,
     batch_of,
@@ -282,3 +285,62 @@ def test_a_fresh_batch_survives_being_used_first_inside_a_transform() -> None:
     first = torch.func.vjp(losses, params)[0]
     torch.testing.assert_close(losses(params), first)
     assert type(batch.labels_N) is torch.Tensor and batch.labels_N.tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+RESUMED: list[dict[str, Any]] = [
+    {"solver": "adam", "inner_steps": 2},
+    {"solver": "cg", "damping": 1.0},
+    {"hypergradient": "penalty", "sync_every": 3, "reference_steps": 2},
+    {"hypergradient": "penalty", "sync_every": 3, "reference_steps": 2, "baseline": "model"},
+]
+
+
+@pytest.mark.parametrize("choice", RESUMED, ids=["adam", "cg", "matched", "model"])
+def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(choice: dict[str, Any], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"dtype": torch.float32, "warmup_ratio": 0.25, "log_every": 2, "weight_decay": 0.1}
+    whole = make(**settings, **choice)
+    figures = [whole.step() for _ in range(7)]
+    for interrupted in (3, 4):  # between two periods of the twins, and inside one
+        first, second = make(**settings, **choice), make(**settings, **choice)
+        assert [first.step() for _ in range(interrupted)] == figures[:interrupted]
+        save_state(tmp_path / "fit", first.state_dict())
+        second.step()  # whatever it was, it is replaced
+        second.load_state_dict(load_state(tmp_path / "fit", "none"))
+        second.lower, second.upper = first.lower, first.upper
+        assert [second.step() for _ in range(7 - interrupted)] == figures[interrupted:]
+        for part in ("proxy", "score_model"):
+            a, b = whole.state_dict()[part], second.state_dict()[part]
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_state_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "state"
+    save_state(file, {"x": torch.ones(1000)})
+
+    def half(state: Any, stream: Any) -> None:
+        stream.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        with pytest.raises(KeyboardInterrupt):
+            save_state(file, {"x": torch.zeros(1000)})
+    assert torch.equal(load_state(file, "none")["x"], torch.ones(1000))
+    save_state(file, {"x": torch.zeros(1000)})
+    assert torch.equal(load_state(file, "none")["x"], torch.zeros(1000))
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize("damage", ["half", "bit", "empty", "text", "missing"])
+def test_a_broken_state_is_one_line(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "state.pt"
+    save_state(file, {"x": torch.arange(1000.0)})
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1  # among the numbers, where only the checksum tells
+    content = {"half": bytes(data[:2000]), "bit": bytes(data), "empty": b"", "text": b"hello"}
+    file.unlink() if damage == "missing" else file.write_bytes(content[damage])
+    with pytest.raises(BilectError, match=rf"^checkpoint: cannot read {file} \(.*\); do this$") as caught:
+        load_state(file, "do this")
+    assert "\n" not in str(caught.value)

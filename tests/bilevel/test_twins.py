@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilect.bilevel.objective import Objective, lower_objective, upper_objective
+from bilect.bilevel.objective import Gradient, Objective, lower_objective, upper_objective
 from bilect.bilevel.twins import FirstOrderModel, Twins
 from bilect.functional.hypergradient import penalty_values
 from bilect.functional.trees import Tree, zeros_like
@@ -42,8 +42,8 @@ class LiteralAdamW:
 class _Zero(Objective):
     """No upper term."""
 
-    def gradient(self, params: Tree, bf16: bool = False) -> tuple[Tree, float, float]:
-        return {k: torch.zeros_like(p) for k, p in params.items()}, 0.0, 0.0
+    def gradient(self, params: Tree, bf16: bool = False) -> Gradient:
+        return Gradient({k: torch.zeros_like(p) for k, p in params.items()}, 0.0, 0.0)
 
 
 def draws(lm: CausalLM, upper: bool = True):

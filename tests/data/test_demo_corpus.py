@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,7 @@ NAMES = ("pool", "upper", "heldout")
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> DemoCorpus:
-    started = time.process_time()
-    corpus = build_demo_corpus(tmp_path_factory.mktemp("corpus") / "not" / "there yet")
-    assert time.process_time() - started < 15
-    return corpus
+    return build_demo_corpus(tmp_path_factory.mktemp("corpus") / "not" / "there yet")
 
 
 @pytest.fixture(scope="module")

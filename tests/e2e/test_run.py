@@ -1,4 +1,4 @@
-"""Whole runs on a tiny corpus: what is chosen, what is written, and what happens when a run stops or starts again."""
+"""Whole runs on a tiny corpus: what is chosen, what is written, and what is done again (kills: test_resume.py)."""
 
 import json
 import math
@@ -14,21 +14,7 @@ import yaml
 from bilect.config import parse_config
 from bilect.errors import BilectError
 from bilect.pipeline import run
-from tests.corpus import tiny_settings, write_corpus
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "two-rounds"
-    summary = run(parse_config(tiny_settings(corpus, rounds=2, controls=["random", "full"])), out)
-    return out, summary
+from tests.corpus import tiny_settings
 
 
 def test_the_target_domain_is_kept(finished):
@@ -107,34 +93,6 @@ def test_a_finished_run_is_not_repeated(finished, corpus):
     again = run(parse_config(tiny_settings(corpus, rounds=2, controls=["random", "full"])), out)
     assert again == summary
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-
-
-def test_a_killed_run_goes_on_to_the_same_result(corpus, tmp_path):
-    config_file = tmp_path / "config.yaml"
-    config_file.write_text(yaml.safe_dump(tiny_settings(corpus)))
-    command = [sys.executable, "-m", "bilect.cli", "run", str(config_file), "--out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = run(parse_config(tiny_settings(corpus)), tmp_path / "whole")
-    process = subprocess.Popen(
-        [*command, str(tmp_path / "killed")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "..." in line and "round 1: fit" in line:
-            process.kill()
-            break
-    process.wait(timeout=60)
-    assert not (tmp_path / "killed" / "summary.json").exists()
-    assert not (tmp_path / "killed" / "round-1").exists()  # nothing half-written
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, timeout=240, env=environment)
-    killed = json.loads((tmp_path / "killed" / "summary.json").read_text())
-    for summary in (whole, killed):
-        del summary["seconds"], summary["cost"]["seconds"]
-    assert killed == whole
 
 
 def test_only_what_changed_is_repeated(corpus, tmp_path):

@@ -1,15 +1,16 @@
 """Objectives of the two levels on a batch, over all ranks: gradients, Hessian products, document losses.
 
     g(theta) = sum_i P_i l_i(theta) + kl_coef * mean_n KL_n + l2_coef ||theta||^2      (lower)
-    f(theta) = mean_n ce_n                                                             (upper)
+    f(theta) = sum_k w_k mean_{n in k} ce_n                                            (upper)
 
+over the upper sets k, with weights w that sum to 1; a single set is the plain mean over its predicted tokens.
 Both are weighted sums over predicted tokens with constant weights, so one class serves. Sums run over the documents of
 all ranks: each rank holds its part of the batch, and every gradient is a sum over ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ from bilect.runtime import distributed
 from bilect.runtime.device import autocast
 
 __all__ = [
+    "Gradient",
     "Objective",
     "TargetOnBatch",
     "directional",
@@ -72,6 +74,22 @@ class TargetOnBatch:
         return replace(self, held=HeldDistribution.of(self.hidden_NE, self.head, dtype))
 
 
+class Gradient(NamedTuple):
+    """A gradient and the parts of the loss, summed over the ranks.
+
+    Attributes:
+        tree: gradient by parameter.
+        ce: weighted cross-entropy.
+        kl: weighted divergence.
+        ce_S: the part of ``ce`` in each upper set, empty for a single one.
+    """
+
+    tree: Tree
+    ce: float
+    kl: float
+    ce_S: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True)
 class Objective:
     """``sum_n a_n ce_n + b_n kl_n + l2 ||theta||^2`` on one batch.
@@ -84,6 +102,7 @@ class Objective:
         target: needed with b.
         l2_coef: of the global objective (added once, not once per rank).
         direction: of the divergence.
+        n_sets: upper sets in the batch.
     """
 
     model: CausalLM
@@ -93,9 +112,10 @@ class Objective:
     target: TargetOnBatch | None = None
     l2_coef: float = 0.0
     direction: KLDirection = "target_to_proxy"
+    n_sets: int = 1
 
-    def gradient(self, params: Tree, bf16: bool = False) -> tuple[Tree, float, float]:
-        """Gradient, weighted cross-entropy and weighted divergence, all summed over the ranks.
+    def gradient(self, params: Tree, bf16: bool = False) -> Gradient:
+        """Gradient and loss over all ranks.
 
         Args:
             params: theta.
@@ -119,11 +139,18 @@ class Objective:
         total = distributed.sum_tree(dict(zip(leaves, gradients, strict=True)))
         if self.l2_coef:
             total = add_scaled(total, params, 2 * self.l2_coef)
-        ce = float(torch.dot(self.ce_weight_N, tokens.ce_N.to(self.ce_weight_N.dtype)))
+        weighted_N = self.ce_weight_N * tokens.ce_N.to(self.ce_weight_N.dtype)
         kl = 0.0
         if self.kl_weight_N is not None and tokens.kl_N is not None:
             kl = float(torch.dot(self.kl_weight_N, tokens.kl_N.to(self.kl_weight_N.dtype)))
-        return total, distributed.sum_scalar(ce), distributed.sum_scalar(kl)
+        return Gradient(total, distributed.sum_scalar(float(weighted_N.sum())), distributed.sum_scalar(kl),
+                        self._by_set(weighted_N))  # fmt: skip
+
+    def _by_set(self, weighted_N: Tensor) -> tuple[float, ...]:
+        if self.batch.set_B is None or self.n_sets == 1:
+            return ()
+        set_N = self.batch.set_B[self.batch.document_N]
+        return tuple(distributed.sum_scalar(float(weighted_N[set_N == k].sum())) for k in range(self.n_sets))
 
     def hvp(self, params: Tree, method: HVP) -> TreeMap:
         """``v -> H v`` at theta, summed over the ranks; float32 or better throughout."""
@@ -208,10 +235,22 @@ def lower_objective(
     )
 
 
-def upper_objective(model: CausalLM, batch: Batch) -> Objective:
-    """f on a batch: the mean cross-entropy of its predicted tokens over all ranks."""
-    n_global = distributed.sum_scalar(batch.n_predicted)
-    return Objective(model, batch, torch.full_like(batch.labels_N, 0, dtype=torch.float64) + 1.0 / max(n_global, 1.0))
+def upper_objective(model: CausalLM, batch: Batch, weight_S: Sequence[float] = (1.0,)) -> Objective:
+    """f on a batch, over all ranks.
+
+    Args:
+        model: the proxy.
+        batch: documents of the upper sets.
+        weight_S: weight of each set's mean loss; brought to sum 1.
+    """
+    set_B = torch.zeros_like(batch.length_B) if batch.set_B is None else batch.set_B
+    set_N = set_B[batch.document_N]
+    ce_weight_N = torch.zeros(batch.n_predicted, dtype=torch.float64, device=set_N.device)
+    for k, weight in enumerate(weight_S):
+        own_N = set_N == k
+        n_global = distributed.sum_scalar(float(own_N.sum()))
+        ce_weight_N[own_N] = weight / sum(weight_S) / max(n_global, 1.0)
+    return Objective(model, batch, ce_weight_N, n_sets=len(weight_S))
 
 
 def document_losses(model: CausalLM, batch: Batch) -> Callable[[Tree], Tensor]:

@@ -7,7 +7,7 @@ d comes from the implicit or the penalty hypergradient, see ``bilect.functional.
 2510.06048, algorithm 1. Across ranks only the scores and the d's are gathered, next to the usual gradient sums.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class BilevelFit:
         lower: endless lower batches (this rank's part of each).
         upper: endless upper batches (this rank's part of each).
         config: every choice.
+        upper_sets: name and weight of each upper set, where the upper batches hold several (``Batch.set_B``).
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class BilevelFit:
         lower: Iterator[Batch],
         upper: Iterator[Batch],
         config: FitConfig,
+        upper_sets: Mapping[str, float] | None = None,
     ) -> None:
         self.config = config
         self.proxy = CausalLM(proxy)
@@ -68,6 +70,7 @@ class BilevelFit:
             # frozen, so cast once instead of at every pass
             self.target = CausalLM(target.to(torch.bfloat16) if config.bf16 else target)
         self.lower, self.upper = lower, upper
+        self.upper_sets = dict(upper_sets or {"": 1.0})
         self.params = self.proxy.params()
         decay = config.weight_decay
         self.proxy_optimizer = torch.optim.AdamW(
@@ -119,6 +122,28 @@ class BilevelFit:
             "learning_rate": self.schedules[1].get_last_lr()[0],
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a step changes, but for the positions of the batch streams; the same on every rank."""
+        return {
+            "proxy": self.proxy.model.state_dict(),
+            "score_model": self.score_model.state_dict(),
+            "optimizers": [x.state_dict() for x in (self.proxy_optimizer, self.score_optimizer)],
+            "schedules": [x.state_dict() for x in self.schedules],
+            "twins": None if self.twins is None else vars(self.twins),
+            "steps_done": self.steps_done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state: the next step is exactly what it would have been."""
+        self.proxy.model.load_state_dict(state["proxy"])
+        self.score_model.load_state_dict(state["score_model"])
+        for optimizer, own in zip((self.proxy_optimizer, self.score_optimizer), state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+        for schedule, own in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(own)
+        self.twins = None if state["twins"] is None else Twins(**state["twins"])
+        self.steps_done = state["steps_done"]
+
     def _scores(self, batch: Batch) -> Tensor:
         with autocast(batch.input_ids_BT.device, self.config.bf16):
             return self.score_model(batch.input_ids_BT, batch.mask_BT).scores
@@ -158,7 +183,7 @@ class BilevelFit:
         return forward and ((solves and config.hvp != "exact") or config.inner_steps > 2)
 
     def _inner_step(self, lower: Objective) -> tuple[float, float]:
-        gradient, loss, kl = lower.gradient(self.params, self.config.bf16)
+        gradient, loss, kl, _ = lower.gradient(self.params, self.config.bf16)
         for k, p in self.params.items():
             p.grad = gradient[k]
         torch.nn.utils.clip_grad_norm_(self.params.values(), self.config.grad_clip)
@@ -170,14 +195,25 @@ class BilevelFit:
         """``d_i = < grad l_i, z >``, z from the solver at the proxy's new parameters."""
         config = self.config
         params: Tree = {k: v.detach() for k, v in self.params.items()}
-        upper_gradient, upper_loss, _ = upper_objective(self.proxy, next(self.upper)).gradient(params, config.bf16)
+        upper = self._upper().gradient(params, config.bf16)
         hvp = lower.hvp(params, config.hvp)
-        solution = self._solve(hvp, upper_gradient)
+        solution = self._solve(hvp, upper.tree)
         residual = solution.residual
         if residual is None and self.steps_done % config.log_every == 0:
-            residual = relative_residual(hvp, upper_gradient, solution.z, config.damping)
+            residual = relative_residual(hvp, upper.tree, solution.z, config.damping)
         d_B = directional(self.proxy, batch, params, solution.z, config.directional)
-        return d_B, {"upper_loss": upper_loss, "residual": residual, "solver_note": solution.note}
+        return d_B, {**self._upper_losses(upper.ce, upper.ce_S), "residual": residual, "solver_note": solution.note}
+
+    def _upper(self) -> Objective:
+        return upper_objective(self.proxy, next(self.upper), list(self.upper_sets.values()))
+
+    def _upper_losses(self, loss: float, loss_S: tuple[float, ...]) -> dict[str, Any]:
+        """f, and where there are several upper sets the mean loss of each."""
+        total = sum(self.upper_sets.values())
+        by_set = {
+            name: part * total / weight for (name, weight), part in zip(self.upper_sets.items(), loss_S, strict=False)
+        }
+        return {"upper_loss": loss, **({"upper_loss_by_set": by_set} if by_set else {})}
 
     def _solve(self, hvp: Any, b: Tree) -> Solution:
         config = self.config
@@ -218,14 +254,14 @@ class BilevelFit:
         with torch.no_grad():
             baseline = self.twins.matched if self.twins.matched is not None else self.params
             d_B = penalty_values(losses(baseline), losses(self.twins.reference), config.penalty)
-        return d_B, {"upper_loss": self.twins.upper_loss, "residual": None}
+        return d_B, {**self._upper_losses(self.twins.upper_loss, self.twins.upper_loss_S), "residual": None}
 
     def _draw(self) -> tuple[Objective, Objective]:
         batch = next(self.lower)
         with torch.no_grad():
             score_M, own = distributed.gather_rows(self._scores(batch))
         weight_B = document_weights(score_M, self.config.weighting)[own]
-        return self._lower(batch, weight_B), upper_objective(self.proxy, next(self.upper))
+        return self._lower(batch, weight_B), self._upper()
 
     def _score_step(self, score_B: Tensor, gradient_B: Tensor) -> None:
         score_B.backward(gradient_B)

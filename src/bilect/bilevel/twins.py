@@ -40,11 +40,12 @@ class FirstOrderModel:
 
 @dataclass(frozen=True)
 class Twins:
-    """Parameters of w and, where matched, of m."""
+    """Parameters of w and, where matched, of m; the last upper loss of w, and its parts by upper set."""
 
     reference: Tree
     matched: Tree | None
     upper_loss: float
+    upper_loss_S: tuple[float, ...] = ()
 
     @staticmethod
     def train(
@@ -72,10 +73,10 @@ class Twins:
         """
         w = FirstOrderModel(params, learning_rate, grad_clip)
         m = FirstOrderModel(params, learning_rate, grad_clip) if matched else None
-        upper_loss = float("nan")
+        upper_loss, upper_loss_S = float("nan"), tuple[float, ...]()
         for _ in range(steps):
             lower, upper = draw()
-            upper_gradient, upper_loss, _ = upper.gradient(w.params, bf16)
+            upper_gradient, upper_loss, _, upper_loss_S = upper.gradient(w.params, bf16)
             w.step(add_scaled(upper_gradient, lower.gradient(w.params, bf16)[0], penalty))
             if m is not None:
                 m.step(scale(lower.gradient(m.params, bf16)[0], penalty))
@@ -83,4 +84,5 @@ class Twins:
             {k: v.detach() for k, v in w.params.items()},
             None if m is None else {k: v.detach() for k, v in m.params.items()},
             upper_loss,
+            upper_loss_S,
         )

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE", "Batch", "make_batch"]
+__all__ = ["IGNORE", "Batch", "join_batches", "make_batch"]
 
 IGNORE = -100
 
@@ -21,11 +21,13 @@ class Batch:
         target_BT: the token each position predicts (the next one), ``IGNORE`` where there is none to learn: at
             padding, at a document's last token and within prompts.
         length_B: real tokens of each document.
+        set_B: upper set of each document, where there are several.
     """
 
     input_ids_BT: Tensor
     target_BT: Tensor
     length_B: Tensor
+    set_B: Tensor | None = None
 
     def __post_init__(self) -> None:
         _ = self.labels_N  # not on first use: inside a functional transform, whose tensors must not outlive it
@@ -79,11 +81,13 @@ class Batch:
 
     def rows(self, part: slice) -> "Batch":
         """Some of the documents."""
-        return Batch(self.input_ids_BT[part], self.target_BT[part], self.length_B[part])
+        sets = None if self.set_B is None else self.set_B[part]
+        return Batch(self.input_ids_BT[part], self.target_BT[part], self.length_B[part], sets)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch elsewhere."""
-        return Batch(self.input_ids_BT.to(device), self.target_BT.to(device), self.length_B.to(device))
+        sets = None if self.set_B is None else self.set_B.to(device)
+        return Batch(self.input_ids_BT.to(device), self.target_BT.to(device), self.length_B.to(device), sets)
 
 
 def make_batch(documents: Sequence[tuple[Tensor, int]], pad_id: int, multiple: int = 8) -> Batch:
@@ -104,3 +108,24 @@ def make_batch(documents: Sequence[tuple[Tensor, int]], pad_id: int, multiple: i
         first = max(n_given, 1)
         target_BT[row, first - 1 : len(ids) - 1] = ids[first:]
     return Batch(input_ids_BT, target_BT, length_B)
+
+
+def join_batches(batches: Sequence[Batch], pad_id: int) -> Batch:
+    """Batches of several upper sets as one; ``set_B`` says which document is of which.
+
+    Args:
+        batches: one per set, in order.
+        pad_id: fills the rest of shorter ones.
+    """
+    width = max(b.input_ids_BT.shape[1] for b in batches)
+
+    def widened(x_BT: Tensor, fill: int) -> Tensor:
+        return torch.nn.functional.pad(x_BT, (0, width - x_BT.shape[1]), value=fill)
+
+    sets = [torch.full_like(b.length_B, number) for number, b in enumerate(batches)]
+    return Batch(
+        torch.cat([widened(b.input_ids_BT, pad_id) for b in batches]),
+        torch.cat([widened(b.target_BT, IGNORE) for b in batches]),
+        torch.cat([b.length_B for b in batches]),
+        torch.cat(sets),
+    )

@@ -1,22 +1,38 @@
 """From token rows to batches: endless shuffled documents, length buckets, and packed windows for training."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bilect.data.batch import IGNORE, Batch, make_batch
+from bilect.data.batch import IGNORE, Batch, join_batches, make_batch
 from bilect.data.tokens import TokenStore
-from bilect.runtime.distributed import own_part
+from bilect.errors import BilectError
+from bilect.runtime.distributed import own_part, world_size
 
-__all__ = ["PackedWindows", "cycle_batches", "length_bucketed"]
+__all__ = ["BatchStream", "PackedWindows", "SetStream", "length_bucketed", "one_pass"]
 
 
-def cycle_batches(
-    store: TokenStore, rows: np.ndarray, batch_size: int, pad_id: int, seed: int, device: torch.device
-) -> Iterator[Batch]:
+def one_pass(rows: np.ndarray, weight_R: np.ndarray | None, generator: np.random.Generator) -> np.ndarray:
+    """``rows`` in random order, each once; or by weight: floor(w) times, and once more with probability w - floor(w).
+
+    Args:
+        rows: rows of a store.
+        weight_R: relative frequency of every row of the store; None: each row once.
+        generator: of the order, and before it of the fractions.
+    """
+    if weight_R is not None:
+        whole = np.floor(weight_R[rows])
+        more = generator.random(len(rows)) < weight_R[rows] - whole
+        rows = np.repeat(rows, whole.astype(np.int64) + more)
+    return generator.permutation(rows)
+
+
+class BatchStream(Iterator[Batch]):
     """Endless batches of documents, reshuffled every pass; each rank gets its part of the same global batch.
 
     Args:
@@ -26,14 +42,110 @@ def cycle_batches(
         pad_id: padding token.
         seed: of the shuffles; equal on all ranks.
         device: where the batches are put.
+        weight_R: how often a pass has each row of the store, see ``one_pass``.
+
+    Raises:
+        BilectError: nothing to draw from.
     """
-    generator = np.random.default_rng(seed)
-    queue = np.empty(0, dtype=np.int64)
-    while True:
-        while len(queue) < batch_size:
-            queue = np.concatenate([queue, generator.permutation(rows)])
-        batch, queue = queue[:batch_size], queue[batch_size:]
-        yield make_batch(store.rows(np.asarray(own_part(batch.tolist()))), pad_id).to(device)
+
+    def __init__(
+        self,
+        store: TokenStore,
+        rows: np.ndarray,
+        batch_size: int,
+        pad_id: int,
+        seed: int,
+        device: torch.device,
+        weight_R: np.ndarray | None = None,
+    ) -> None:
+        self.store, self.rows, self.batch_size, self.pad_id, self.device = store, rows, batch_size, pad_id, device
+        self.weight_R = weight_R
+        self._generator = np.random.default_rng(seed)
+        self._queue = np.empty(0, dtype=np.int64)
+        if not (len(rows) if weight_R is None else weight_R[rows].sum()):
+            raise BilectError("data: there are no documents to draw batches from")
+
+    def __next__(self) -> Batch:
+        while len(self._queue) < self.batch_size:
+            self._queue = np.concatenate([self._queue, one_pass(self.rows, self.weight_R, self._generator)])
+        batch, self._queue = self._queue[: self.batch_size], self._queue[self.batch_size :]
+        return make_batch(self.store.rows(np.asarray(own_part(batch.tolist()))), self.pad_id).to(self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the same on every rank."""
+        return {"generator": json.dumps(self._generator.bit_generator.state), "queue": torch.from_numpy(self._queue)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
+        self._generator.bit_generator.state = json.loads(state["generator"])
+        self._queue = state["queue"].cpu().numpy()
+
+
+class SetStream(Iterator[Batch]):
+    """Endless batches of one or several upper sets, each with its fixed part of every batch.
+
+    The parts are proportional to the weights, at least one document per set and rank; a set that is smaller than its
+    part gives all it has. A single set is a ``BatchStream``.
+
+    Args:
+        stores: of the sets.
+        weights: of the sets.
+        batch_size: documents of the global batch.
+        pad_id: padding token.
+        seed: of the shuffles; equal on all ranks.
+        device: where the batches are put.
+
+    Raises:
+        BilectError: a batch has no room for every set.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        weights: Sequence[float],
+        batch_size: int,
+        pad_id: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        least = world_size() if len(stores) > 1 else 1
+        if batch_size < least * len(stores):
+            raise BilectError(f"fit.upper_batch_size: {batch_size} documents are too few for {len(stores)} upper sets "
+                              f"on {world_size()} ranks")  # fmt: skip
+        sizes = _parts(batch_size, weights, least)
+        self.pad_id = pad_id
+        self._streams = [
+            BatchStream(store, np.arange(len(store)), min(size, max(len(store), least)), pad_id, seed + number, device)
+            for number, (store, size) in enumerate(zip(stores, sizes, strict=True))
+        ]
+
+    def __next__(self) -> Batch:
+        batches = [next(stream) for stream in self._streams]
+        return batches[0] if len(batches) == 1 else join_batches(batches, self.pad_id)
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a document, on average over a batch."""
+        sizes = [stream.batch_size for stream in self._streams]
+        return float(np.average([stream.store.length_R.mean() for stream in self._streams], weights=sizes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, the same on every rank."""
+        return {str(number): stream.state_dict() for number, stream in enumerate(self._streams)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position."""
+        for number, stream in enumerate(self._streams):
+            stream.load_state_dict(state[str(number)])
+
+
+def _parts(total: int, weights: Sequence[float], least: int) -> list[int]:
+    """``total`` split in proportion to ``weights`` by largest remainders, each part at least ``least``."""
+    spare = total - least * len(weights)
+    exact = np.asarray(weights) / sum(weights) * spare
+    parts = np.floor(exact).astype(int)
+    parts[np.argsort(parts - exact, kind="stable")[: spare - parts.sum()]] += 1
+    return (parts + least).tolist()
 
 
 def length_bucketed(length_R: np.ndarray, rows: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
@@ -65,16 +177,38 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
         context: tokens per window.
         n_windows: length of the dataset.
         seed: of the orders.
+        weight_R: how often a pass has each row of the store, see ``one_pass``.
+
+    Attributes:
+        passes: over the rows, as many as it takes (with weights: on average).
+
+    Raises:
+        BilectError: nothing to train on.
     """
 
-    def __init__(self, store: TokenStore, rows: np.ndarray, context: int, n_windows: int, seed: int) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        rows: np.ndarray,
+        context: int,
+        n_windows: int,
+        seed: int,
+        weight_R: np.ndarray | None = None,
+    ) -> None:
         self.store, self.context, self.n_windows = store, context, n_windows
         generator = np.random.default_rng(seed)
-        total = int(store.length_R[rows].sum())
-        passes = -(-n_windows * context // max(total, 1))
-        self.order = np.concatenate([generator.permutation(rows) for _ in range(passes)])
+        needed = n_windows * context
+        length = store.length_R[rows]
+        per_pass = float((length if weight_R is None else length * weight_R[rows]).sum())
+        if not per_pass:
+            raise BilectError("training: there is no text to train on")
+        orders, drawn = [], 0
+        while drawn < needed:
+            orders.append(one_pass(rows, weight_R, generator))
+            drawn += int(store.length_R[orders[-1]].sum())
+        self.order = np.concatenate(orders)
         self.ends = np.cumsum(store.length_R[self.order])
-        self.passes = n_windows * context / max(total, 1)
+        self.passes = needed / per_pass
 
     def __len__(self) -> int:
         return self.n_windows

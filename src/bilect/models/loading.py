@@ -1,7 +1,10 @@
 """Models by path, Hub name, preset or inline config; tokenizers likewise, or trained on the pool."""
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,20 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
-from bilect.errors import BilectError
+from bilect.errors import BilectError, reason
 from bilect.models.presets import PRESETS, preset_config
+from bilect.models.score_model import ScoreModel
 
-__all__ = ["END_OF_TEXT", "load_causal_lm", "load_tokenizer", "train_tokenizer"]
+__all__ = [
+    "END_OF_TEXT",
+    "check_vocabulary",
+    "load_causal_lm",
+    "load_score_model",
+    "load_tokenizer",
+    "train_tokenizer",
+]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -36,20 +48,18 @@ def load_causal_lm(
         context: longest input; the positions of models that are built here are extended to it.
 
     Raises:
-        BilectError: nothing found there, or an unknown architecture, or safetensors weights are missing.
+        BilectError: nothing found there, an unknown architecture, or a checkpoint that is broken or lacks weights.
     """
     if isinstance(spec, str) and spec not in PRESETS:
         _check_directory("model", spec)
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                os.path.expanduser(spec), dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            known = ", ".join(PRESETS)
-            reason = str(error).strip().splitlines()[0]
-            raise BilectError(
-                f"model: cannot load {spec!r}: {reason} (a directory, a Hub name, or a preset: {known})"
-            ) from error
+        return _from_pretrained(
+            AutoModelForCausalLM,
+            "model",
+            spec,
+            f"a directory, a Hub name, or a preset: {', '.join(PRESETS)}",
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
     config = preset_config(spec, vocab_size) if isinstance(spec, str) else dict(spec)
     if "model_type" not in config:
         raise BilectError("model: an inline config needs model_type, for instance {model_type: llama, ...}")
@@ -60,10 +70,53 @@ def load_causal_lm(
     try:
         hf_config = AutoConfig.for_model(**config)
     except (ValueError, KeyError) as error:
-        raise BilectError(f"model: {str(error).strip().splitlines()[0]}") from error
+        raise BilectError(f"model: {reason(error)}") from error
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+
+
+def load_score_model(path: Path) -> ScoreModel:
+    """A saved score model.
+
+    Raises:
+        BilectError: nothing found there, or a checkpoint that is broken or lacks weights.
+    """
+    _check_directory("score model", str(path))
+    return _from_pretrained(ScoreModel, "score model", str(path), "a directory that a fit has written")
+
+
+def _from_pretrained(cls: Any, what: str, spec: str, wanted: str, **settings: Any) -> Any:
+    """Load with every weight in its place: transformers would draw missing ones at random."""
+    try:
+        with _quiet():
+            model, report = cls.from_pretrained(
+                os.path.expanduser(spec),
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **settings,
+            )
+    except Exception as error:  # a broken checkpoint makes transformers raise anything
+        raise BilectError(f"{what}: cannot load {spec!r}: {reason(error)} ({wanted})") from error
+    misfits = sorted(str(key[0]) for key in report["mismatched_keys"])
+    missing = sorted(report["missing_keys"])
+    for keys, problem in ((misfits, "of another size than config.json says"), (missing, "missing")):
+        if keys:
+            others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise BilectError(f"{what}: cannot load {spec!r}: weights {problem}: {keys[0]}{others} ({wanted})")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the report that transformers logs of a checkpoint that does not fit: ours is one line."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_directory(what: str, spec: str) -> None:
@@ -78,20 +131,60 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     Raises:
         BilectError: none found there.
     """
-    try:
-        if spec.endswith(".json"):
-            if not Path(spec).is_file():
-                raise BilectError(f"tokenizer: no file {spec}")
-            tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_file=spec)
-            if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
-                tokenizer.eos_token = END_OF_TEXT
-        else:
-            _check_directory("tokenizer", spec)
-            tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(spec), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise BilectError(f"tokenizer: cannot load {spec!r}: {str(error).strip().splitlines()[0]}") from error
+    tokenizer = _read_tokenizer(spec)
     if tokenizer.eos_token_id is None:
         raise BilectError(f"tokenizer: {spec} has no end-of-text token (eos_token)")
+    return tokenizer
+
+
+def check_vocabulary(what: str, spec: str, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    """A pretrained model that brings a tokenizer must bring the run's: else its ids mean something else.
+
+    Args:
+        what: name of the setting, for the message.
+        spec: directory or Hub name of the model; without a tokenizer of its own nothing is compared.
+        tokenizer: of the run.
+        place: where that one lies.
+
+    Raises:
+        BilectError: the vocabularies differ, or the model's cannot be read.
+    """
+    folder = Path(spec).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return
+    try:
+        own = _read_tokenizer(spec)
+    except BilectError:
+        if folder.is_dir():
+            raise
+        return  # nothing on the Hub
+    if _vocabulary_hash(own) != _vocabulary_hash(tokenizer):
+        raise BilectError(f"{what}: the tokenizer of {spec} ({len(own)} tokens) differs from the run's in {place} "
+                          f"({len(tokenizer)} tokens); use models of one vocabulary, or set data.tokenizer={spec} and "
+                          "train the others anew")  # fmt: skip
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def _vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def _read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+    try:
+        if not spec.endswith(".json"):
+            _check_directory("tokenizer", spec)
+            return AutoTokenizer.from_pretrained(os.path.expanduser(spec), trust_remote_code=False)
+        if not Path(spec).is_file():
+            raise BilectError(f"tokenizer: no file {spec}")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=spec)
+    except BilectError:
+        raise
+    except Exception as error:  # a broken file makes tokenizers raise a plain Exception
+        raise BilectError(f"tokenizer: cannot load {spec!r}: {reason(error)}") from error
+    if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
+        tokenizer.eos_token = END_OF_TEXT
     return tokenizer
 
 

@@ -4,26 +4,29 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
+from bilect import selection
 from bilect.bilevel.cost import fit_flops
 from bilect.bilevel.offline import BilevelFit
-from bilect.data.loading import cycle_batches
-from bilect.data.tokens import TokenStore
-from bilect.errors import BilectError
+from bilect.data.loading import BatchStream, SetStream
+from bilect.errors import BilectError, reason
+from bilect.export import attach_text, extremes
 from bilect.models.flops import forward_flops
+from bilect.models.loading import load_score_model
 from bilect.models.score_model import ScoreModel
 from bilect.run_dir import derive_seed, write_json
 from bilect.runtime import distributed
+from bilect.runtime.checkpoints import all_finite, load_state, save_state
 from bilect.scoring import write_scores
-from bilect.selection import select_top
 from bilect.stages.context import Figures, RunContext, target_folder
+from bilect.stages.last_good import keep_last_good
 
-__all__ = ["fit", "score", "select"]
+__all__ = ["fit", "score", "score_pool", "select"]
 
 SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 6, 1500
 
@@ -31,7 +34,7 @@ SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 6, 1500
 def fit(run: RunContext, scratch: Path, number: int) -> Figures:
     """Fit the score model on a sample of the shard (BLISS, section 1)."""
     config = run.config
-    pool, upper = run.pool(), TokenStore(run.root / "tokens" / "upper.arrow")
+    pool, sets = run.pool(), run.upper_sets()
     rows = run.shard(number, len(pool))
     seed = derive_seed(config.seed, "fit", number)
     size = max(math.ceil(config.fit.sample_fraction * len(rows)), config.fit.lower_batch_size)
@@ -46,33 +49,43 @@ def fit(run: RunContext, scratch: Path, number: int) -> Figures:
         generator = torch.Generator().manual_seed(derive_seed(config.seed, "score head", number))
         score_model = ScoreModel.from_causal_lm(proxy, generator, config.models.score_head)
     else:
-        score_model = ScoreModel.from_pretrained(run.root / f"round-{number - 1}" / "score_model").to(run.device)
-    lower_size, upper_size = config.fit.lower_batch_size, min(config.fit.upper_batch_size, len(upper))
-    fit = BilevelFit(
-        proxy,
-        score_model,
-        target,
-        cycle_batches(pool, sample, lower_size, run.pad_id, derive_seed(seed, "lower"), run.device),
-        cycle_batches(upper, np.arange(len(upper)), upper_size, run.pad_id, derive_seed(seed, "upper"), run.device),
-        config.fit,
-    )
+        score_model = load_score_model(run.root / f"round-{number - 1}" / "score_model").to(run.device)
+    lower_size, lower_seed = config.fit.lower_batch_size, derive_seed(seed, "lower")
+    lower = BatchStream(pool, sample, lower_size, run.pad_id, lower_seed, run.device, pool.weight_R)
+    stores, weights = [store for _, _, store in sets], [weight for _, weight, _ in sets]
+    upper_seed = derive_seed(seed, "upper")
+    upper = SetStream(stores, weights, config.fit.upper_batch_size, run.pad_id, upper_seed, run.device)
+    names = {name: weight for name, weight, _ in sets}
+    bilevel = BilevelFit(proxy, score_model, target, lower, upper, config.fit, upper_sets=names)
     out = scratch / f"round-{number}"
     out.mkdir(parents=True, exist_ok=True)
     with (
         run.progress.task(f"round {number}: fit", config.fit.steps) as task,
-        Path(out / "metrics.jsonl" if distributed.is_main() else os.devnull).open("w", encoding="utf-8") as log,
+        Path(out / "metrics.jsonl" if distributed.is_main() else os.devnull).open("ab") as log,
     ):
-        for _ in range(config.fit.steps):
-            figures = fit.step()
-            log.write(json.dumps(_finite(figures)) + "\n")
-            if not all(math.isfinite(figures[k]) for k in ("lower_loss", "upper_loss", "score_mean", "d_std")):
+        checkpoint = _Checkpoint(scratch / ".fit.pt", bilevel, lower, upper, log)
+        task.advance(checkpoint.resume(run.device))
+        good_step, good_weights = None, checkpoint.weights()
+        while bilevel.steps_done < config.fit.steps:
+            before = checkpoint.weights()
+            figures = bilevel.step()
+            log.write((json.dumps(_finite(figures)) + "\n").encode())
+            fine = all(math.isfinite(figures[k]) for k in ("lower_loss", "upper_loss", "score_mean", "d_std"))
+            if fine:
+                good_step, good_weights = bilevel.steps_done - 1, before
+            save = bilevel.steps_done % config.checkpoint_every == 0
+            if not fine or ((save or bilevel.steps_done == config.fit.steps) and not checkpoint.is_finite()):
+                checkpoint.restore(good_weights)
+                kept = keep_last_good(run, scratch, {"proxy": proxy, "score_model": score_model}, good_step)
                 raise BilectError(f"fit: a loss is not a number at step {figures['step']} of round {number}; "
-                                  "lower fit.proxy_learning_rate")  # fmt: skip
+                                  f"lower fit.proxy_learning_rate or fit.score_learning_rate; {kept}")  # fmt: skip
             task.advance(1, proxy_loss=figures["lower_loss"], score_spread=figures["score_std"])
+            if save and bilevel.steps_done < config.fit.steps:
+                checkpoint.save()
     run.save(proxy, out / "proxy")
     if distributed.is_main():
         score_model.save_pretrained(out / "score_model")
-    lower_length, upper_length = float(pool.length_R[sample].mean()), float(upper.length_R.mean())
+    lower_length, upper_length = float(pool.length_R[sample].mean()), upper.mean_length
     flops = fit_flops(config.fit, proxy, score_model, target, lower_length=lower_length, upper_length=upper_length)
     return {"tokens": int(config.fit.steps * lower_size * lower_length), "flops": flops}
 
@@ -80,53 +93,96 @@ def fit(run: RunContext, scratch: Path, number: int) -> Figures:
 def score(run: RunContext, scratch: Path, number: int) -> Figures:
     """Score the whole shard."""
     pool = run.pool()
-    rows = run.shard(number, len(pool))
-    score_model = ScoreModel.from_pretrained(run.root / f"round-{number}" / "score_model").to(run.device)
-    if distributed.is_main():
-        with run.progress.task(f"round {number}: score", len(rows)) as task:
-            write_scores(
-                score_model,
-                pool,
-                rows,
-                scratch / f"round-{number}" / "scores",
-                run.pad_id,
-                batch_tokens=run.config.score_batch_tokens,
-                bf16=run.config.fit.bf16,
-                on_documents=task.advance,
-            )
+    model, out = run.root / f"round-{number}" / "score_model", scratch / f"round-{number}" / "scores"
+    return score_pool(run, model, run.shard(number, len(pool)), out, f"round {number}: score")
+
+
+def score_pool(run: RunContext, model: Path, rows: np.ndarray, out: Path, title: str) -> Figures:
+    """Score rows of the pool by a saved score model into ``out``; files that are there already are kept."""
+    pool, score_model = run.pool(), load_score_model(model).to(run.device)
     tokens = int(pool.length_R[rows].sum())
+    with run.progress.task(title, tokens, unit="tokens") as task:
+        write_scores(
+            score_model,
+            pool,
+            rows,
+            out,
+            run.pad_id,
+            batch_tokens=run.config.score_batch_tokens,
+            bf16=run.config.fit.bf16,
+            on_tokens=task.advance,
+        )
     return {"tokens": tokens, "flops": forward_flops(score_model, tokens, tokens / len(rows))}
 
 
 def select(run: RunContext, scratch: Path, number: int) -> Figures:
-    """Keep the top; account for it by source; show the extremes."""
+    """Keep the top, with its text; account for it by source; show the extremes."""
     if not distributed.is_main():
         return {}
-    out, scores = scratch / f"round-{number}", run.root / f"round-{number}" / "scores"
-    kept_file = out / "selected" / "kept.parquet"
-    chosen = select_top(scores, kept_file, run.config.selection.budget)
+    config, out = run.config, scratch / f"round-{number}"
+    scores, seed = run.root / f"round-{number}" / "scores", derive_seed(config.seed, "select", number)
+    chosen = selection.select(scores, out / "selected", config.selection, seed=seed)
     pool = run.pool()
-    row_of = {d: i for i, d in enumerate(pool.doc_ids)}
-    kept = pq.read_table(kept_file)
-    texts = pool.texts([row_of[d] for d in chosen.doc_ids])
-    pq.write_table(kept.append_column("text", pa.array(texts)), kept_file)
-    table = pq.read_table(scores).sort_by([("score", "descending"), ("doc_id", "ascending")])
-    ends = {"best": table.slice(0, SHOWN_DOCUMENTS), "worst": table.slice(max(len(table) - SHOWN_DOCUMENTS, 0))}
-    shown = {
-        name: [{**r, "text": pool.texts([row_of[r["doc_id"]]])[0][:SHOWN_CHARACTERS]} for r in part.to_pylist()]
-        for name, part in ends.items()
-    }
-    shown["worst"].reverse()
-    write_json(out / "extremes.json", shown)
+    write_json(out / "extremes.json", extremes(out / "selected", pool, SHOWN_DOCUMENTS, SHOWN_CHARACTERS))
+    attach_text(out / "selected", pool, config.selection.format, run.excluded().tolist())
+    if chosen.note:
+        run.progress.note(chosen.note)
     return {
         "tokens": chosen.tokens,
-        "documents": len(chosen.doc_ids),
+        "documents": chosen.documents,
         "threshold": chosen.threshold,
         "kept_share_by_source": chosen.kept_share,
         "pool_share_by_source": chosen.pool_share,
         "kept_fraction_by_source": chosen.kept_fraction,
         "flops": 0.0,
     }
+
+
+class _Checkpoint:
+    """The fit on disk, at the end of a step: models, optimisers, twins, both streams, and how long the log was."""
+
+    def __init__(self, path: Path, fit: BilevelFit, lower: BatchStream, upper: SetStream, log: BinaryIO) -> None:
+        self.path, self.log = path, log
+        self.parts: dict[str, Any] = {"fit": fit, "lower": lower, "upper": upper}
+        self.params = [*fit.params.values(), *fit.score_model.parameters()]
+
+    def save(self) -> None:
+        """On the main rank; the others are in the same state."""
+        if distributed.is_main():
+            self.log.flush()
+            os.fsync(self.log.fileno())
+            states = {name: part.state_dict() for name, part in self.parts.items()}
+            save_state(self.path, {**states, "log_bytes": self.log.tell()})
+
+    def resume(self, device: torch.device) -> int:
+        """Go on from what an interrupted attempt has saved, and return its steps: 0 where there is nothing."""
+        state: dict[str, Any] = {"log_bytes": 0}
+        if self.path.is_file():
+            remedy = f"delete {self.path.parent} to start the stage again"
+            state = load_state(self.path, remedy, device)
+            try:
+                for name, part in self.parts.items():
+                    part.load_state_dict(state[name])
+                if distributed.is_main() and self.log.tell() < state["log_bytes"]:
+                    raise ValueError("metrics.jsonl is shorter than it was")
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise BilectError(f"checkpoint: {self.path} does not fit ({reason(error)}); {remedy}") from error
+        if distributed.is_main():
+            self.log.truncate(state["log_bytes"])
+        return self.parts["fit"].steps_done
+
+    def weights(self) -> list[Tensor]:
+        """Copies of the weights of both models."""
+        return [p.detach().clone() for p in self.params]
+
+    def restore(self, weights: list[Tensor]) -> None:
+        """Put copies back."""
+        for p, saved in zip(self.params, weights, strict=True):
+            p.data.copy_(saved)
+
+    def is_finite(self) -> bool:
+        """Whether the weights of both models are."""
+        return all_finite(self.params)
 
 
 def _finite(figures: Figures) -> Figures:

@@ -1,7 +1,9 @@
 """What every stage is given: the run directory, the config, the progress display, and how to read earlier results."""
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bilect.config import Config
+from bilect.data.sources import set_name
 from bilect.data.tokens import TokenStore
 from bilect.models.loading import load_causal_lm, load_tokenizer
 from bilect.progress import Progress
@@ -52,13 +55,33 @@ class RunContext:
         return pick_device(self.config.device)
 
     def pool(self) -> TokenStore:
-        """The pool's tokens."""
-        return TokenStore(self.root / "tokens" / "pool.arrow")
+        """The pool's tokens: the rows of all its inputs, those that are never used among them."""
+        files = self.pool_note()["files"]
+        folder = self.root / "tokens" / "pool"
+        return TokenStore([folder / f["file"] for f in files], [f["weight"] for f in files])
+
+    def pool_note(self) -> dict[str, Any]:
+        """``tokens/pool.json``: the pool's token files and, by reason, its rows that are never used."""
+        return dict(json.loads((self.root / "tokens" / "pool.json").read_text(encoding="utf-8")))
+
+    def excluded(self) -> np.ndarray:
+        """Rows of the pool that are never used: documents that repeat an earlier one, or are held out."""
+        return np.array(sorted(chain.from_iterable(self.pool_note()["excluded"].values())), dtype=np.int64)
+
+    def upper_sets(self) -> list[tuple[str, float, TokenStore]]:
+        """Name, weight and tokens of each target set, in the order of the config."""
+        sets = [(set_name(source), source.weight) for source in self.config.data.upper_data]
+        return [(name, w, TokenStore(self.root / "tokens" / "upper" / f"{name}.arrow")) for name, w in sets]
+
+    def upper(self) -> TokenStore:
+        """The tokens of all target sets together."""
+        return TokenStore([path for _, _, store in self.upper_sets() for path in store.paths])
 
     def shard(self, number: int, n_rows: int) -> np.ndarray:
-        """Rows of one of the disjoint random shards: 0 for the warm-up, 1..R for the rounds."""
+        """Rows of one of the disjoint random shards: 0 for the warm-up, 1..R for the rounds; no excluded row."""
         order = np.random.default_rng(derive_seed(self.config.seed, "shards")).permutation(n_rows)
-        first = round(n_rows * self.config.warmup.share)
+        order = order[~np.isin(order, self.excluded())]
+        first = round(len(order) * self.config.warmup.share)
         shards = [order[:first], *np.array_split(order[first:], self.config.rounds)]
         return np.sort(shards[number])
 

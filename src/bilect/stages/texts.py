@@ -1,72 +1,233 @@
-"""Text to tokens: the pool, the upper data and the held-out sets."""
+"""Text to tokens: the pool, and the target sets: upper data and held-out data.
 
+``tokens/pool/``, ``tokens/upper/`` and ``tokens/heldout/`` hold token files; ``tokens/pool.json`` lists those of the
+pool, and its rows that are never used; ``tokens/skipped.jsonl`` lists every record that was left out, and why.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from bilect.data.documents import file_identity, input_files, read_documents
-from bilect.data.tokens import TokenStore, write_tokens
+from bilect.config import SourceConfig
+from bilect.data.checks import DocumentIndex
+from bilect.data.documents import Problem, bad_record, read_documents
+from bilect.data.sources import Input, identity, inputs, set_name
+from bilect.data.token_files import TokenFiles, link
+from bilect.data.tokens import TokenStore, write_rows
 from bilect.errors import BilectError
 from bilect.models.loading import load_tokenizer, train_tokenizer
 from bilect.models.presets import PRESETS
+from bilect.progress import Task
+from bilect.run_dir import write_json, write_text
 from bilect.runtime import distributed
 from bilect.stages.context import Figures, RunContext
 
-__all__ = ["input_hashes", "tokenise_pool", "tokenise_targets"]
+__all__ = ["input_hashes", "tokenise_files", "tokenise_pool", "tokenise_targets"]
+
+TWICE, HELD_OUT = "duplicate doc_id", "in heldout_data"
 
 
 def input_hashes(run: RunContext) -> dict[str, dict[str, str]]:
-    """Identity of every input file, by role: its content's hash where it is local, its size elsewhere."""
+    """Identity of every input, by role: its content's hash where it is local, its version elsewhere.
+
+    Raises:
+        BilectError: an input is missing or cannot be read, or two target sets of a role have the same name.
+    """
     data = run.config.data
-    roles = {"lower_data": data.lower_data, "upper_data": data.upper_data, "heldout_data": data.heldout_data}
-    return {role: {f: file_identity(f) for s in part for f in input_files(s)} for role, part in roles.items()}
+    found: dict[str, dict[str, str]] = {"lower_data": {}, "upper_data": {}, "heldout_data": {}}
+    for role, sources in (("upper_data", data.upper_data), ("heldout_data", data.heldout_data)):
+        for name, count in Counter(map(set_name, sources)).items():
+            if count > 1:
+                raise BilectError(f"data.{role}: {count} sets are called {name!r}; give each its own source")
+    for role, sources in (("lower_data", data.lower_data), *_roles(run)):
+        for source in sources:
+            for part in inputs(source):
+                known = found[role].get(part.where, "")
+                found[role][part.where] = f"{known} {identity(part)}".strip()  # several, of a large folder of text
+    return found
 
 
 def tokenise_pool(run: RunContext, scratch: Path) -> Figures:
-    """Tokenizer and token file of the pool."""
+    """Tokenizer and token files of the pool, one per input."""
     if not distributed.is_main():
         return {}
     data = run.config.data
-    with run.progress.task("tokenise the pool") as task:
-        tokenizer = _make_tokenizer(run)
+    if data.long_documents == "truncate":  # a row per document: too few are known before anything is tokenised
+        skip = data.on_bad_record == "skip"
+        _check_size(run, sum(1 for _ in islice(read_documents(data.lower_data, skip=skip), _needed(run))))
+    figures = tokenise_files(run, scratch, _make_tokenizer(run))
+    _check_size(run, figures["documents"])
+    return figures
+
+
+def tokenise_files(run: RunContext, scratch: Path, tokenizer: PreTrainedTokenizerBase) -> Figures:
+    """Token files of the pool under a given tokenizer, which is saved beside them."""
+    data, folder = run.config.data, scratch / "tokens"
+    skip = data.on_bad_record == "skip"
+    with run.progress.task("tokenise the pool", unit="documents") as task:
         tokenizer.save_pretrained(scratch / "tokenizer")
-        file = scratch / "tokens" / "pool.arrow"
-        file.parent.mkdir(exist_ok=True)
-        rows = write_tokens(
-            read_documents(data.lower_data),
-            tokenizer,
-            file,
-            context=data.context,
-            chunk=data.long_documents == "chunk",
-            on_rows=task.advance,
-        )
-    batches, size = run.config.rounds + 1, run.config.fit.lower_batch_size
-    if rows < batches * size:
-        raise BilectError(f"data: the pool has {rows} documents, fewer than {batches} batches of {size}; add documents "
-                          "or lower fit.lower_batch_size")  # fmt: skip
-    return {"tokens": int(TokenStore(file).length_R.sum()), "documents": rows, "flops": 0.0}
+        pool = _Set("pool", data.lower_data)
+        pool.tokenise(_token_files(run, tokenizer, chunk=data.long_documents == "chunk"), task)
+        files = [folder / "pool" / f"{n:05d}-{part.name}.arrow" for n, part in enumerate(pool.inputs)]
+        for made, file in zip(pool.paths, files, strict=True):
+            link(made, file)
+    twice = pool.repeated(skip)
+    rows = [
+        {"file": file.name, "input": part.where, "weight": part.source.weight, "rows": len(store_part.rows)}
+        for file, part, store_part in zip(files, pool.inputs, pool.store.parts, strict=True)
+    ]
+    write_json(folder / "pool.json", {"files": rows, "excluded": {TWICE: twice.tolist()}})
+    _write_skipped(folder / "skipped.jsonl", pool.skipped)
+    tokens = int(pool.store.length_R.sum()) - int(pool.store.length_R[twice].sum())
+    return {"tokens": tokens, "documents": len(pool.store) - len(twice), "skipped": _counts(pool.skipped), "flops": 0.0}
 
 
 def tokenise_targets(run: RunContext, scratch: Path) -> Figures:
-    """Token files of the upper data and of each held-out set, which must not share a document."""
+    """Token file of each target set; none may share a text with one of the other role, nor the pool with the held-out.
+
+    A pool document with a held-out text is left out of the pool, whatever ``on_bad_record`` says.
+    """
     if not distributed.is_main():
         return {}
-    data, tokenizer, folder = run.config.data, run.tokenizer, scratch / "tokens"
-    (folder / "heldout").mkdir(parents=True, exist_ok=True)
+    data, folder = run.config.data, scratch / "tokens"
+    skip = data.on_bad_record == "skip"
+    files = _token_files(run, run.tokenizer, chunk=False)
+    sets: dict[str, list[_Set]] = {"upper_data": [], "heldout_data": []}
     with run.progress.task("tokenise the target sets") as task:
-        upper = list(read_documents(data.upper_data))
-        write_tokens(upper, tokenizer, folder / "upper.arrow", context=data.context, on_rows=task.advance)
-        upper_texts = {d.text for d in upper}
-        for source in data.heldout_data:
-            documents = list(read_documents((source,)))
-            shared = [d.doc_id for d in documents if d.text in upper_texts]
-            if shared:
-                raise BilectError(f"data: held-out document {shared[0]} is in upper_data too ({len(shared)} in all)")
-            name = source.source or Path(source.path).name.split(".")[0]
-            file = folder / "heldout" / f"{name}.arrow"
-            write_tokens(documents, tokenizer, file, context=data.context, on_rows=task.advance)
-    return {"tokens": int(TokenStore(folder / "upper.arrow").length_R.sum()), "flops": 0.0}
+        for role, sources in _roles(run):
+            for source in sources:
+                part = _Set(role.removesuffix("_data"), (source,))
+                part.tokenise(files, task)
+                part.save(folder / part.role / f"{set_name(source)}.arrow", part.repeated(skip))
+                sets[role].append(part)
+    for heldout in sets["heldout_data"]:
+        for upper in sets["upper_data"]:
+            shared = heldout.index.with_texts_of(upper.index)
+            if len(shared):
+                raise BilectError(f"data: held-out document {heldout.at(shared[0])} is in upper_data too "
+                                  f"({len(shared)} in all); remove it from one of the two")  # fmt: skip
+    pool = _Set("pool", data.lower_data)
+    pool.use(run.pool())
+    note = run.pool_note()
+    pool.index.leave_out(np.array(note["excluded"][TWICE], dtype=np.int64))
+    held_out = np.unique(np.concatenate([pool.index.with_texts_of(s.index) for s in sets["heldout_data"]]))
+    for document in held_out.tolist():
+        pool.skip(document, HELD_OUT, "its text is that of a held-out document")
+    note["excluded"][HELD_OUT] = pool.index.rows(held_out).tolist()
+    _check_size(run, len(pool.store) - sum(map(len, note["excluded"].values())))
+    write_json(folder / "pool.json", note)
+    skipped = [*pool.skipped, *(s for parts in sets.values() for part in parts for s in part.skipped)]
+    earlier = run.root / "tokens" / "skipped.jsonl"
+    lines = map(json.loads, earlier.read_text(encoding="utf-8").splitlines()) if earlier.is_file() else ()
+    _write_skipped(
+        folder / "skipped.jsonl", [*(s for s in lines if s["role"] == "pool" and s["reason"] != HELD_OUT), *skipped]
+    )
+    tokens = sum(int(part.store.length_R.sum()) for part in sets["upper_data"])
+    return {"tokens": tokens, "skipped": _counts(skipped), "flops": 0.0}
+
+
+@dataclass
+class _Set:
+    """The inputs of a role or of one target set, and what became of them."""
+
+    role: str
+    sources: Sequence[SourceConfig]
+    paths: list[Path] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.inputs = [part for source in self.sources for part in inputs(source)]
+
+    def tokenise(self, files: TokenFiles, task: Task) -> None:
+        for part in self.inputs:
+            made = files.get(part, task.advance)
+            self.paths.append(made.path)
+            self.skipped += [_skipped(self.role, part, p) for p in made.skipped]
+        self.use(TokenStore(self.paths))
+        if not len(self.store):
+            where = ", ".join(s.path or str(s.dataset) for s in self.sources)
+            left_out = f": all {len(self.skipped)} records were left out" if self.skipped else ""
+            raise BilectError(f"data: no documents for {self.role} in {where}{left_out}")
+
+    def use(self, store: TokenStore) -> None:
+        self.store, self.index = store, DocumentIndex(store)
+
+    def repeated(self, skip: bool) -> np.ndarray:
+        """Rows of documents that repeat an id; unless they are to be skipped, the first of them is an error."""
+        pairs = self.index.repeated()
+        for document, first in pairs:
+            same_text = self.index.has_hash_for_id(document)
+            what = "the same text" if same_text else f"doc_id {self.index.id(document)!r}"
+            detail = f"{what} occurs twice, first in {self.at(first)}"
+            if not skip:
+                part, record = self._locate(document)
+                raise bad_record(part, Problem(record, TWICE, detail))
+            self.skip(document, TWICE, detail)
+        rows = self.index.rows(np.array([d for d, _ in pairs], dtype=np.int64))
+        self.index.leave_out(rows)
+        return rows
+
+    def save(self, file: Path, without: np.ndarray) -> None:
+        """One token file of a set, without some rows."""
+        if len(self.paths) == 1 and not len(without):
+            link(self.paths[0], file)
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.unlink(missing_ok=True)
+            write_rows(self.store, np.setdiff1d(np.arange(len(self.store)), without), file)
+
+    def at(self, document: int) -> str:
+        part, record = self._locate(document)
+        return part.at(record)
+
+    def skip(self, document: int, reason: str, detail: str) -> None:
+        part, record = self._locate(document)
+        self.skipped.append(_skipped(self.role, part, Problem(record, reason, detail)))
+
+    def _locate(self, document: int) -> tuple[Input, int]:
+        row = int(self.index.first_D[document])
+        number = next(n for n, part in enumerate(self.store.parts) if row in part.rows)
+        return self.inputs[number], int(self.store.take("record", [row])[0].as_py())
+
+
+def _roles(run: RunContext) -> tuple[tuple[str, tuple[SourceConfig, ...]], ...]:
+    return ("upper_data", run.config.data.upper_data), ("heldout_data", run.config.data.heldout_data)
+
+
+def _token_files(run: RunContext, tokenizer: PreTrainedTokenizerBase, *, chunk: bool) -> TokenFiles:
+    data = run.config.data
+    return TokenFiles(tokenizer, context=data.context, chunk=chunk, skip=data.on_bad_record == "skip")
+
+
+def _needed(run: RunContext) -> int:
+    return (run.config.rounds + 1) * run.config.fit.lower_batch_size
+
+
+def _check_size(run: RunContext, rows: int) -> None:
+    if rows < _needed(run):
+        raise BilectError(f"data: the pool has {rows} documents, fewer than {run.config.rounds + 1} batches of "
+                          f"{run.config.fit.lower_batch_size}; add documents or lower "
+                          "fit.lower_batch_size")  # fmt: skip
+
+
+def _skipped(role: str, part: Input, problem: Problem) -> dict[str, Any]:
+    file, place = part.place(problem.record)
+    return {"role": role, "file": file, "place": place, "reason": problem.reason, "detail": problem.detail}
+
+
+def _write_skipped(file: Path, skipped: Iterable[dict[str, Any]]) -> None:
+    write_text(file, "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in skipped))
+
+
+def _counts(skipped: Iterable[dict[str, Any]]) -> dict[str, int]:
+    return dict(Counter(s["reason"] for s in skipped))
 
 
 def _make_tokenizer(run: RunContext) -> PreTrainedTokenizerBase:
@@ -76,5 +237,5 @@ def _make_tokenizer(run: RunContext) -> PreTrainedTokenizerBase:
     for spec in (models.target, models.proxy):
         if isinstance(spec, str) and spec not in PRESETS:
             return load_tokenizer(spec)
-    texts = (d.text for d in islice(read_documents(data.lower_data), 100_000))
-    return train_tokenizer(texts, data.vocab_size)
+    texts = islice(read_documents(data.lower_data, skip=data.on_bad_record == "skip"), 100_000)
+    return train_tokenizer((d.text for d in texts), data.vocab_size)

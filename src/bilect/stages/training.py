@@ -1,12 +1,12 @@
 """Training and evaluation: the warm-up, the arms of each round, the held-out sets, the proxy's fidelity."""
 
+import json
 import math
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
@@ -14,12 +14,15 @@ from bilect import evaluation
 from bilect.config import TrainConfig
 from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
+from bilect.export import kept_ids
 from bilect.models.flops import forward_flops
-from bilect.models.loading import load_causal_lm
+from bilect.models.loading import check_vocabulary, load_causal_lm
+from bilect.models.presets import PRESETS
 from bilect.run_dir import derive_seed, write_json
 from bilect.runtime import distributed
 from bilect.stages.context import Figures, RunContext, target_folder
-from bilect.training import train
+from bilect.stages.last_good import keep_last_good
+from bilect.training import NotANumberError, forget_training, train
 
 __all__ = ["evaluate", "fidelity", "publish", "train_arm", "warm_up"]
 
@@ -32,6 +35,8 @@ def warm_up(run: RunContext, scratch: Path, role: str) -> Figures:
     settings = run.config.warmup.proxy if role == "proxy" else run.config.warmup.target
     vocabulary = -(-len(run.tokenizer) // 64) * 64
     seed = derive_seed(run.config.seed, "initial", role)
+    if isinstance(spec, str) and spec not in PRESETS:
+        check_vocabulary(f"models.{role}", spec, run.tokenizer, str(run.root / "tokenizer"))
     model = load_causal_lm(spec, vocab_size=vocabulary, seed=seed, context=run.config.data.context)
     if model.get_input_embeddings().weight.shape[0] < len(run.tokenizer):
         raise BilectError(f"models.{role}: its vocabulary of {model.get_input_embeddings().weight.shape[0]} is smaller "
@@ -40,7 +45,9 @@ def warm_up(run: RunContext, scratch: Path, role: str) -> Figures:
     out = scratch / "warmup" / role
     rows, title = run.shard(0, len(pool)), f"warm up the {role}"
     decayed = role == "target"
-    return _train(run, model.to(run.device), pool, rows, out, settings, title, ("warm-up", role), decayed=decayed)
+    labels = ("warm-up", role)
+    return _train(run, model.to(run.device), pool, rows, scratch, out, settings, title, labels, decayed=decayed,
+                  weight_R=pool.weight_R)  # fmt: skip
 
 
 def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
@@ -50,7 +57,9 @@ def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
     model = run.load(target_folder(arm, number - 1))
     out, title = scratch / target_folder(arm, number), f"round {number}: train on {arm}"
     before, settings = run.root / target_folder(arm, number - 1), run.config.training
-    return _train(run, model, pool, rows, out, settings, title, ("train", number), decayed=True, start_from=before)
+    labels = ("train", number)
+    return _train(run, model, pool, rows, scratch, out, settings, title, labels, decayed=True, start_from=before,
+                  weight_R=pool.weight_R if arm == "full" else None)  # fmt: skip
 
 
 def evaluate(run: RunContext, scratch: Path, folder: str) -> Figures:
@@ -116,7 +125,7 @@ def publish(run: RunContext, scratch: Path) -> Figures:
             "target": decayed if decayed.is_dir() else run.root / last / "target",
         }
         for name, folder in sources.items():
-            (scratch / name).mkdir()
+            (scratch / name).mkdir(exist_ok=True)
             for file in chain(folder.glob("*.json"), folder.glob("*.safetensors"), folder.glob("*.jinja")):
                 (scratch / name / file.name).write_bytes(file.read_bytes())
     return {"flops": 0.0}
@@ -127,10 +136,14 @@ def _rows_of(run: RunContext, arm: str, number: int, pool: TokenStore) -> np.nda
     if arm == "full":
         return shard
     if arm == "bliss":
-        kept = pq.read_table(run.root / f"round-{number}" / "selected" / "kept.parquet", columns=["doc_id"])
-        ids = set(kept.column("doc_id").to_pylist())
-        return np.array([i for i in shard if pool.doc_ids[i] in ids])
-    order = np.random.default_rng(derive_seed(run.config.seed, "random", number)).permutation(shard)
+        ids = set(kept_ids(run.root / f"round-{number}" / "selected"))
+        return np.array([i for i, d in zip(shard, pool.doc_ids(shard), strict=True) if d in ids])
+    generator = np.random.default_rng(derive_seed(run.config.seed, "random", number))
+    order = generator.permutation(shard)
+    if pool.weight_R is not None:  # a weighted draw without replacement (Efraimidis and Spirakis 2006)
+        order = order[np.argsort(generator.exponential(size=len(order)) / pool.weight_R[order])]
+    if run.config.selection.top_k is not None:
+        return order[: run.config.selection.top_k]
     length_R = pool.length_R[order]
     return order[np.cumsum(length_R) - length_R < run.config.selection.budget(int(length_R.sum()))]
 
@@ -140,6 +153,7 @@ def _train(
     model: PreTrainedModel,
     pool: TokenStore,
     rows: np.ndarray,
+    scratch: Path,
     out: Path,
     settings: TrainConfig,
     name: str,
@@ -147,26 +161,45 @@ def _train(
     *,
     decayed: bool,
     start_from: Path | None = None,
+    weight_R: np.ndarray | None = None,
 ) -> Figures:
+    """Train, then the decay branch; a restart goes on in whichever of the two it was."""
     context, seed = run.config.data.context, derive_seed(run.config.seed, *labels)
     decay_steps = settings.decay_steps if decayed else 0
+    before_decay = scratch / ".before-decay.json"  # figures; there once model and optimiser are in ``out``
     out.mkdir(parents=True, exist_ok=True)
-    with run.progress.task(name, settings.steps + decay_steps) as task:
-        common: dict[str, Any] = {"context": context, "task": task, "device": run.device}
-        figures = train(model, pool, rows, out, settings, seed=seed, start_from=start_from, **common)
-        run.save(model, out)
-        if decay_steps:
-            distributed.barrier()
-            more = train(model, pool, rows, out, settings, seed=seed + 1, start_from=out, decay=True, **common)
-            figures = {
-                **figures,
-                "tokens": figures["tokens"] + more["tokens"],
-                "flops": figures["flops"] + more["flops"],
-            }
-            run.save(model, out.with_name(f"{out.name}-decayed"))
+    common: dict[str, Any] = {
+        "context": context, "device": run.device, "checkpoint_every": run.config.checkpoint_every,
+        "weight_R": weight_R,
+    }  # fmt: skip
+    try:
+        with run.progress.task(name, settings.steps + decay_steps) as task:
+            if before_decay.is_file():
+                figures = json.loads(before_decay.read_text(encoding="utf-8"))
+                model = load_causal_lm(str(out)).to(run.device)
+                task.advance(settings.steps)
+            else:
+                first = {**common, "task": task, "seed": seed, "start_from": start_from}
+                figures = train(model, pool, rows, out, settings, **first)
+                run.save(model, out)
+                if decay_steps and distributed.is_main():
+                    write_json(before_decay, figures)
+            forget_training(out)
+            if decay_steps:
+                distributed.barrier()
+                second = {**common, "task": task, "seed": seed + 1, "start_from": out}
+                more = train(model, pool, rows, out, settings, decay=True, **second)
+                figures = {k: figures[k] + more[k] if k in ("tokens", "flops") else figures[k] for k in figures}
+                run.save(model, out.with_name(f"{out.name}-decayed"))
+                forget_training(out, decay=True)
+    except NotANumberError as error:
+        kept = keep_last_good(run, scratch, {"": model}, error.good_step)
+        raise BilectError(f"{error} ({name}); lower its learning_rate or grad_clip; {kept}") from error
     return figures
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    if not (np.ptp(a) and np.ptp(b)):
+        return None  # a constant has no ranks
     value = float(spearmanr(a, b).statistic)
     return value if math.isfinite(value) else None

@@ -1,0 +1,130 @@
+"""A config to start from: every setting with its meaning and default, the ones a user decides filled in."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel
+
+from bilect.config import Config, SourceConfig
+from bilect.errors import BilectError
+
+__all__ = ["Size", "config_template", "starting_values", "write_template"]
+
+Size = Literal["tiny", "paper"]
+
+_TITLES = {
+    "data": "The pool to choose from, the target set that says what good means, and what is reported on.",
+    "models": "A preset (tiny-100k to tiny-3m, pythia-14m to pythia-1b), a directory, a Hub name, or an inline config.",
+    "warmup": "Round 0: proxy and target train on random documents of the pool.",
+    "fit": "The bilevel fit of the score model.",
+    "selection": "What is kept of a scored shard; another choice needs no new scores: bilect select RUN --help",
+    "training": "Training of the target in each round.",
+}
+
+
+def starting_values(pool: Sequence[str], upper: Sequence[str], heldout: Sequence[str], size: Size) -> dict[str, Any]:
+    """The settings a user decides.
+
+    Args:
+        pool: files, directories or globs of the pool.
+        upper: of the target set.
+        heldout: of the held-out set.
+        size: "tiny" runs in minutes on a CPU; "paper" is BLISS at 31M proxy and 410M target.
+    """
+    data: dict[str, Any] = {
+        "lower_data": [{"path": p} for p in pool],
+        "upper_data": [{"path": p} for p in upper],
+        "heldout_data": [{"path": p} for p in heldout],
+    }
+    if size == "paper":
+        return {
+            "data": {**data, "context": 1024, "tokenizer": "EleutherAI/pythia-410m"},
+            "models": {"proxy": "pythia-31m", "target": "pythia-410m"},
+            "fit": {"sample_fraction": 0.001, "lower_batch_size": 64, "upper_batch_size": 64, "bf16": True},
+            "warmup": {"proxy": {"decay_steps": 0, "bf16": True}, "target": {"learning_rate": 3e-4, "bf16": True}},
+            "selection": {"keep_ratio": 0.2},
+            "training": {"learning_rate": 3e-4, "bf16": True},
+            "rounds": 4,
+        }
+    training = {"batch_size": 16, "learning_rate": 2e-3}
+    return {
+        "data": {**data, "context": 128, "long_documents": "chunk", "vocab_size": 2048},
+        "models": {"proxy": "tiny-100k", "target": "tiny-300k"},
+        "warmup": {
+            "proxy": {**training, "steps": 150, "decay_steps": 0},
+            "target": {**training, "steps": 150, "decay_steps": 20},
+        },
+        "fit": {"steps": 80, "proxy_learning_rate": 5e-4, "score_learning_rate": 1e-3},
+        "selection": {"keep_ratio": 0.2},
+        "training": {**training, "steps": 120, "decay_steps": 20},
+        "rounds": 1,
+    }
+
+
+def config_template(values: Mapping[str, Any]) -> str:
+    """YAML of ``values``, with all other settings as comments: name, default, meaning.
+
+    Args:
+        values: settings to fill in, see ``starting_values``.
+    """
+    lines = [
+        "# Settings of a bilect run:  bilect run THIS_FILE --out runs/NAME   (with --dry-run: what it would cost)",
+        "# A line that starts with '# ' and a name shows a default: remove the '# ' to change it.",
+        "",
+    ]
+    return "\n".join(lines + _group(Config, values, 0)) + "\n"
+
+
+def _group(model: type[BaseModel], values: Mapping[str, Any], depth: int) -> list[str]:
+    pad, lines = "  " * depth, list[str]()
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        meaning = field.description or ""
+        if name in ("lower_data", "upper_data", "heldout_data"):
+            lines += _wrapped(meaning, pad)
+            lines += [f"{pad}{name}:", *(f"{pad}  - {_plain(source)}" for source in values.get(name, ()))]
+            if name == "lower_data":
+                known = ", ".join(SourceConfig.model_fields)
+                text = (f"each source may have: {known}. Text is in text, or prompt and response (then only the "
+                        "response is learned); id and source are kept where given.")  # fmt: skip
+                lines += _wrapped(text, pad + "  ")
+        elif isinstance(inner, type) and issubclass(inner, BaseModel):
+            if depth == 0:
+                lines += ["", *_wrapped(_TITLES.get(name, meaning), pad)]
+            lines += [f"{pad}{name}:", *_group(inner, values.get(name, {}), depth + 1)]
+        else:
+            if depth == 0 and lines and lines[-1].startswith("  "):
+                lines.append("")
+            given = name in values
+            shown = f"{pad}{'' if given else '# '}{name}: {_plain(values[name] if given else field.default)}"
+            lines += [f"{shown:<44}  # {part}" if i == 0 else f"{'':<44}  # {part}"
+                      for i, part in enumerate(textwrap.wrap(meaning, 74) or [""])]  # fmt: skip
+    return lines
+
+
+def _wrapped(text: str, pad: str) -> list[str]:
+    return [f"{pad}# {line}" for line in textwrap.wrap(text, 118 - len(pad))]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = list(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
+    return text.removesuffix("...").strip()
+
+
+def write_template(path: Path, values: Mapping[str, Any]) -> None:
+    """Write ``config_template`` to a new file.
+
+    Raises:
+        BilectError: the file exists.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(config_template(values))
+    except FileExistsError as error:
+        raise BilectError(f"init: {path} exists; name another file, or remove it") from error

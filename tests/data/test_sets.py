@@ -1,0 +1,228 @@
+"""The pool and the target sets of a run: what is excluded, what is refused, and what the run directory says of it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bilect.config import parse_config
+from bilect.data import checks
+from bilect.data.checks import DocumentIndex
+from bilect.data.documents import Document
+from bilect.data.tokens import TokenStore, write_tokens
+from bilect.errors import BilectError
+from bilect.models.loading import train_tokenizer
+from bilect.progress import SilentProgress
+from bilect.run_dir import derive_seed
+from bilect.stages.context import RunContext
+from bilect.stages.texts import input_hashes, tokenise_pool, tokenise_targets
+from tests.corpus import write_jsonl
+
+POOL = [{"id": f"d{i}", "text": f"document {i} of the pool, number {i * i}"} for i in range(12)]
+
+
+def corpus(folder: Path) -> None:
+    write_jsonl(folder / "a.jsonl", POOL[:5])
+    write_jsonl(folder / "b.jsonl", POOL[5:])
+    write_jsonl(folder / "upper.jsonl", [{"id": f"u{i}", "text": f"upper {i}"} for i in range(3)])
+    write_jsonl(folder / "more.jsonl", [{"id": f"m{i}", "text": f"more {i}"} for i in range(2)])
+    write_jsonl(folder / "heldout.jsonl", [{"id": f"h{i}", "text": f"held out {i}"} for i in range(3)])
+
+
+def context(folder: Path, size: int = 4, **data: Any) -> RunContext:
+    parts = {
+        "lower_data": [{"path": str(folder / "a.jsonl")}, {"path": str(folder / "b.jsonl"), "weight": 2.0}],
+        "upper_data": [{"path": str(folder / "upper.jsonl"), "weight": 3.0}, {"path": str(folder / "more.jsonl")}],
+        "heldout_data": [{"path": str(folder / "heldout.jsonl")}],
+    }
+    settings = {"data": {**parts, "context": 32, "vocab_size": 300, **data}, "fit": {"lower_batch_size": size}}
+    return RunContext(folder / "run", parse_config(settings), SilentProgress())
+
+
+def tokenise(run: RunContext) -> tuple[dict[str, Any], dict[str, Any]]:
+    run.root.mkdir(exist_ok=True)
+    return tokenise_pool(run, run.root), tokenise_targets(run, run.root)
+
+
+def skipped(run: RunContext) -> list[tuple[str, str, str, str]]:
+    lines = (run.root / "tokens" / "skipped.jsonl").read_text().splitlines()
+    return [(s["role"], Path(s["file"]).name, s["place"], s["reason"]) for s in map(json.loads, lines)]
+
+
+def test_layout_order_and_weights(tmp_path):
+    corpus(tmp_path)
+    run = context(tmp_path)
+    pool_figures, target_figures = tokenise(run)
+    tokens = run.root / "tokens"
+    assert sorted(str(p.relative_to(tokens)) for p in tokens.rglob("*.*")) == [
+        "heldout/heldout.arrow", "pool.json", "pool/00000-a.arrow", "pool/00001-b.arrow", "skipped.jsonl",
+        "upper/more.arrow", "upper/upper.arrow",
+    ]  # fmt: skip
+    pool = run.pool()
+    assert pool.doc_ids(range(12)) == [f"d{i}" for i in range(12)] and pool.weight_R is not None
+    assert pool.weight_R.tolist() == [1] * 5 + [2] * 7 and pool.sources([4, 5]) == ["a", "b"]
+    assert pool_figures == {"tokens": pool.length_R.sum(), "documents": 12, "skipped": {}, "flops": 0.0}
+    sets = run.upper_sets()
+    assert [(name, weight, len(store)) for name, weight, store in sets] == [("upper", 3.0, 3), ("more", 1.0, 2)]
+    assert run.upper().doc_ids(range(5)) == ["u0", "u1", "u2", "m0", "m1"]  # in the order of the config
+    assert target_figures == {"tokens": run.upper().length_R.sum(), "skipped": {}, "flops": 0.0}
+    assert skipped(run) == [] and len(run.excluded()) == 0
+
+
+def test_shards_without_exclusions_are_a_plain_split(tmp_path):
+    corpus(tmp_path)
+    run = context(tmp_path)
+    tokenise(run)
+    order = np.random.default_rng(derive_seed(0, "shards")).permutation(12)
+    assert run.shard(0, 12).tolist() == sorted(order[:3]) and run.shard(1, 12).tolist() == sorted(order[3:])
+
+
+def test_documents_that_occur_twice_across_files(tmp_path):
+    corpus(tmp_path)
+    write_jsonl(tmp_path / "b.jsonl", [*POOL[5:], {"id": "d3", "text": "other text"}, POOL[7]])
+    with pytest.raises(BilectError) as caught:
+        tokenise(context(tmp_path))
+    assert str(caught.value) == (
+        f"data: {tmp_path}/b.jsonl, line 8: doc_id 'd3' occurs twice, first in {tmp_path}/a.jsonl, line 4 "
+        "(data.on_bad_record=skip leaves such records out)"
+    )
+    run = context(tmp_path, on_bad_record="skip")
+    figures, _ = tokenise(run)
+    assert figures["documents"] == 12 and figures["skipped"] == {"duplicate doc_id": 2}
+    assert figures["tokens"] == run.pool().length_R[:12].sum()
+    assert len(run.pool()) == 14 and run.excluded().tolist() == [12, 13]
+    assert skipped(run) == [("pool", "b.jsonl", f"line {n}", "duplicate doc_id") for n in (8, 9)]
+    shards = [run.shard(n, 14).tolist() for n in (0, 1)]
+    assert sorted(shards[0] + shards[1]) == list(range(12)) and len(shards[0]) == 3
+
+
+def test_texts_that_occur_twice_without_ids(tmp_path):
+    corpus(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", [{"text": d["text"]} for d in [*POOL[:5], POOL[1]]])
+    with pytest.raises(BilectError, match=r"a\.jsonl, line 6: the same text occurs twice, first in .*a\.jsonl, line 2"):
+        tokenise(context(tmp_path))
+
+
+def test_pieces_of_a_repeated_document_are_all_excluded(tmp_path):
+    corpus(tmp_path)
+    long = {"id": "d2", "text": "a long document " * 60}
+    write_jsonl(tmp_path / "b.jsonl", [*POOL[5:], long])
+    run = context(tmp_path, on_bad_record="skip", long_documents="chunk")
+    figures, _ = tokenise(run)
+    excluded = run.excluded()
+    assert len(excluded) > 3 and figures["skipped"] == {"duplicate doc_id": 1}
+    assert {d.split("#")[0] for d in run.pool().doc_ids(excluded)} == {"d2"}
+    assert run.pool().sources(excluded) == ["b"] * len(excluded)
+
+
+def test_equal_hashes_of_different_ids_are_no_repetition(tmp_path, monkeypatch):
+    monkeypatch.setattr("bilect.data.tokens.hash64", lambda text: len(text))
+    monkeypatch.setattr(checks, "hash64", len)
+    documents = [Document(i, "s", "x", record=n) for n, i in enumerate(["aa", "bb", "c", "aa", "cc", "bb", "aa"])]
+    write_tokens(documents, train_tokenizer(["x y"] * 5, 300), tmp_path / "t.arrow", context=8)
+    assert DocumentIndex(TokenStore(tmp_path / "t.arrow")).repeated() == [(3, 0), (5, 1), (6, 0)]
+
+
+def test_the_first_records_of_two_files_are_two_documents(tmp_path):
+    for name in ("a", "b"):
+        document = Document("same", name, "x", record=1)
+        write_tokens([document], train_tokenizer(["x y"] * 5, 300), tmp_path / f"{name}.arrow", context=8)
+    assert DocumentIndex(TokenStore(tmp_path)).repeated() == [(1, 0)]
+
+
+def test_held_out_texts_are_taken_out_of_the_pool(tmp_path):
+    corpus(tmp_path)
+    run = context(tmp_path)
+    tokenise(run)
+    held_out = [{"id": "x", "text": POOL[6]["text"]}, {"text": "held out"}]
+    write_jsonl(tmp_path / "heldout.jsonl", held_out)
+    for _ in range(2):  # a second time nothing is counted twice
+        figures = tokenise_targets(run, run.root)
+        assert figures["skipped"] == {"in heldout_data": 1} and run.excluded().tolist() == [6]
+        assert skipped(run) == [("pool", "b.jsonl", "line 2", "in heldout_data")]
+    assert 6 not in [*run.shard(0, 12), *run.shard(1, 12)] and len(run.shard(0, 12)) + len(run.shard(1, 12)) == 11
+    with pytest.raises(BilectError, match="the pool has 11 documents, fewer than 2 batches of 6"):
+        tokenise_targets(context(tmp_path, size=6), run.root)
+
+
+def test_upper_and_held_out_must_not_share_a_text(tmp_path):
+    corpus(tmp_path)
+    write_jsonl(tmp_path / "heldout.jsonl", [{"id": "h", "text": "held out"}, {"id": "other", "text": "more 1"}])
+    with pytest.raises(BilectError, match=r"heldout\.jsonl, line 2 is in upper_data too \(1 in all\)"):
+        tokenise(context(tmp_path))
+
+
+def test_sets_of_several_files_and_with_bad_records(tmp_path):
+    corpus(tmp_path)
+    (tmp_path / "exam").mkdir()
+    write_jsonl(tmp_path / "exam" / "1.jsonl", [{"id": "q", "text": "one"}, {"id": "q", "text": "more 0"}, {"id": 3}])
+    write_jsonl(tmp_path / "exam" / "2.jsonl", [{"id": "r", "text": "two"}])
+    run = context(tmp_path, on_bad_record="skip", heldout_data=[{"path": str(tmp_path / "exam")}])
+    _, figures = tokenise(run)  # "more 0" is in the upper data, but is left out here as a repeated id
+    store = TokenStore(run.root / "tokens" / "heldout" / "exam.arrow")
+    assert store.doc_ids(range(len(store))) == ["q", "r"] and store.texts([0, 1]) == ["one", "two"]
+    assert figures["skipped"] == {"no text field": 1, "duplicate doc_id": 1}
+    assert skipped(run) == [
+        ("heldout", "1.jsonl", "line 3", "no text field"), ("heldout", "1.jsonl", "line 2", "duplicate doc_id")
+    ]  # fmt: skip
+
+
+def test_everything_left_out_is_an_error(tmp_path):
+    corpus(tmp_path)
+    write_jsonl(tmp_path / "more.jsonl", [{"id": "a"}, {"text": ""}])
+    with pytest.raises(BilectError, match=r"no documents for upper in .*more\.jsonl: all 2 records were left out"):
+        tokenise(context(tmp_path, on_bad_record="skip"))
+
+
+def test_sets_of_one_name_are_refused(tmp_path):
+    corpus(tmp_path)
+    twice = [{"path": str(tmp_path / "upper.jsonl")}, {"path": str(tmp_path / "more.jsonl"), "source": "upper"}]
+    with pytest.raises(BilectError, match=r"data\.upper_data: 2 sets are called 'upper'; give each its own source"):
+        input_hashes(context(tmp_path, upper_data=twice))
+
+
+def test_too_small_a_pool_is_known_before_anything_is_tokenised(tmp_path, monkeypatch):
+    corpus(tmp_path)
+    monkeypatch.setattr("bilect.stages.texts.train_tokenizer", None)
+    with pytest.raises(BilectError, match="the pool has 12 documents, fewer than 2 batches of 7"):
+        tokenise(context(tmp_path, size=7))
+
+
+def test_an_interrupted_pool_goes_on_and_outlives_the_cache(tmp_path, monkeypatch):
+    corpus(tmp_path)
+    monkeypatch.setenv("BILECT_CACHE", str(tmp_path / "cache"))
+    from bilect.data import token_files
+
+    write_tokens, made = token_files.write_tokens, []
+
+    def stop_at_b(documents: Any, *rest: Any, **more: Any) -> int:
+        made.append(0)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return write_tokens(documents, *rest, **more)
+
+    monkeypatch.setattr(token_files, "write_tokens", stop_at_b)
+    with pytest.raises(KeyboardInterrupt):
+        tokenise(context(tmp_path))
+    run = context(tmp_path)
+    shutil.rmtree(run.root)
+    tokenise(run)
+    assert len(made) == 2 + 1 + 3  # a once, b twice, three target sets
+    shutil.rmtree(tmp_path / "cache")
+    assert run.pool().texts([0, 11]) == [POOL[0]["text"], POOL[11]["text"]] and len(run.upper()) == 5
+
+
+def test_identities_of_inputs(tmp_path):
+    corpus(tmp_path)
+    run = context(tmp_path)
+    before = input_hashes(run)
+    assert {role: [Path(f).name for f in found] for role, found in before.items()} == {
+        "lower_data": ["a.jsonl", "b.jsonl"], "upper_data": ["upper.jsonl", "more.jsonl"],
+        "heldout_data": ["heldout.jsonl"],
+    }  # fmt: skip
+    write_jsonl(tmp_path / "b.jsonl", POOL[6:])
+    after = input_hashes(run)
+    assert [k for role in before for k in before[role] if before[role][k] != after[role][k]] == [f"{tmp_path}/b.jsonl"]
