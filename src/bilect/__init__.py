@@ -13,9 +13,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BilectError": "bilect.errors",
     "BilevelFit": "bilect.bilevel.offline",
+    "BladeConfig": "bilect.integrations.blade_config",
+    "BladeTrainer": "bilect.integrations.trainer",
     "CausalLM": "bilect.models.causal_lm",
     "Config": "bilect.config",
     "FitConfig": "bilect.config",
+    "OnlineTokenSelector": "bilect.bilevel.online",
     "ScoreModel": "bilect.models.score_model",
     "ScoreModelConfig": "bilect.models.score_model",
     "load_causal_lm": "bilect.models.loading",

@@ -10,11 +10,26 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from bilect.functional.trees import Tree
 
-__all__ = ["barrier", "gather_rows", "is_main", "own_part", "rank", "start", "sum_scalar", "sum_tree", "world_size"]
+__all__ = [
+    "barrier",
+    "gather_objects",
+    "gather_rows",
+    "is_main",
+    "is_sharded",
+    "local_part",
+    "own_part",
+    "rank",
+    "reshard",
+    "start",
+    "sum_scalar",
+    "sum_tree",
+    "world_size",
+]
 
 Item = TypeVar("Item")
 
@@ -54,6 +69,27 @@ def own_part(items: Sequence[Item]) -> Sequence[Item]:
     base, extra = divmod(len(items), world_size())
     first = rank() * base + min(rank(), extra)
     return items[first : first + base + (rank() < extra)]
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether a parameter's values are spread over the ranks (FSDP2)."""
+    return hasattr(x, "to_local")
+
+
+def local_part(x: Tensor) -> Tensor:
+    """This rank's values of a sharded parameter, sharing memory with it; any other tensor itself."""
+    part: Tensor = x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
+    return part
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back the gathered weights that FSDP2 keeps after a forward pass in expectation of a backward pass.
+
+    Until then the model's parameters are not the sharded ones.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gather_rows(x_B: Tensor) -> tuple[Tensor, slice]:
@@ -97,3 +133,12 @@ def sum_scalar(value: float) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return float(total)
+
+
+def gather_objects(item: Item) -> list[Item]:
+    """Every rank's small object, in rank order."""
+    if world_size() == 1:
+        return [item]
+    items: list[Item | None] = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Online selection inside other people's training loops."""

@@ -1,0 +1,73 @@
+"""The settings of online token selection, for files and command lines."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["BladeConfig", "Method"]
+
+Method = Literal["blade", "rho1", "random-token", "full"]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class BladeConfig(BaseModel):
+    """What ``OnlineTokenSelector`` takes, less what cannot be written in a file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    method: Method = Field(
+        "blade",
+        description="blade; rho1: a fixed reference, given or trained once on upper data alone; the controls "
+        "random-token and full",
+    )
+    keep_ratio: Annotated[float, Field(gt=0, le=1)] = Field(0.6, description="fraction of the tokens kept (paper: 0.6)")
+    sync_every: Positive = Field(1000, description="T, steps between synchronisations (paper: 500 to 2000 all alike)")
+    reference_steps: Positive = Field(300, description="K, steps of the reference at each synchronisation (paper: 300)")
+    penalty: NonNegative = Field(1.0, description="lambda, weight of the training loss in the reference's objective")
+    granularity: Literal["token", "sequence"] = Field("token", description="what is kept or left out")
+    scope: Literal["global", "local"] = Field("global", description="the best over all ranks, or over each rank")
+    baseline: Literal["model", "matched"] = Field(
+        "model", description="what the reference is compared with: the model, or its matched twin"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps with the full loss before the first choice")
+    reference: str | None = Field(None, description="rho1: directory or Hub name of the fixed reference")
+    reference_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        5e-5, description="of the reference's AdamW; the model's own, or less"
+    )
+    reference_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of the frozen reference; None: the model's"
+    )
+    offload: bool = Field(False, description="keep the reference in the CPU's memory between uses")
+    diagnose_every: Positive | None = Field(100, description="steps between diagnostics; None for none")
+    upper_batch_size: Positive = Field(8, description="upper examples per reference step and rank")
+    seed: int = Field(0, description="of the order of upper data and of random tokens")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "BladeConfig":
+        if self.method == "rho1" and self.baseline == "matched":
+            raise ValueError("baseline: matched needs synchronisations, which rho1 has not")
+        if self.reference is not None and self.method != "rho1":
+            raise ValueError("reference: only rho1 has a given reference")
+        return self
+
+    @property
+    def needs_upper_data(self) -> bool:
+        """Whether a reference is trained."""
+        return self.method in ("blade", "rho1") and self.reference is None and self.keep_ratio < 1
+
+    def selector_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``OnlineTokenSelector``."""
+        import torch
+
+        options = self.model_dump(exclude={"method", "upper_batch_size"})
+        if self.reference_dtype is not None:
+            options["reference_dtype"] = getattr(torch, self.reference_dtype)
+        if self.method == "full":
+            options["keep_ratio"] = 1.0
+        elif self.method == "random-token":
+            options["selection"] = "random"
+        elif self.method == "rho1":
+            options["sync_every"] = None
+            options["penalty"] = 0.0
+        return options
