@@ -18,7 +18,7 @@ demo: $(VENV)/.demo ## choose data from real text, train on it, compare with ran
 	@$(BIN)/bilect demo --out runs/demo
 
 test: $(VENV)/.dev ## the tests (more options: make test PYTEST_ARGS="-m slow -x")
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## lint, formatting, types, layers
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from bilect.cli import main
 from bilect.config import parse_config
 from bilect.errors import BilectError
 from bilect.pipeline import run
@@ -81,10 +82,14 @@ def test_score_model_carries_over_and_proxy_is_reset(finished):
 def test_models_load_with_transformers_alone(finished):
     out, _ = finished
     script = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer; import sys;"
-        "AutoModelForCausalLM.from_pretrained(sys.argv[1]); AutoTokenizer.from_pretrained(sys.argv[1])"
+        "import sys; from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer;"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/target');"
+        "AutoTokenizer.from_pretrained(sys.argv[1] + '/target'); assert 'bilect' not in sys.modules; import bilect;"
+        "print(type(AutoModel.from_pretrained(sys.argv[1] + '/score_model')).__name__)"
     )
-    subprocess.run([sys.executable, "-c", script, str(out / "target")], check=True, capture_output=True, timeout=120)
+    command = [sys.executable, "-c", script, str(out)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "ScoreModel"
 
 
 def test_a_finished_run_is_not_repeated(finished, corpus):
@@ -122,19 +127,16 @@ def test_bad_settings_are_one_line(corpus, tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_cli_errors_exit_with_2(corpus, tmp_path):
+def test_cli_errors_exit_with_2(corpus, tmp_path, monkeypatch, capsys):
     config_file = tmp_path / "config.yaml"
     settings = tiny_settings(corpus)
     settings["data"]["lower_data"] = [{"path": str(tmp_path / "missing.jsonl")}]
     config_file.write_text(yaml.safe_dump(settings))
-    result = subprocess.run(
-        [sys.executable, "-m", "bilect.cli", "run", str(config_file), "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("bilect: data: no file or directory")
+    monkeypatch.setattr(sys, "argv", ["bilect", "run", str(config_file), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"bilect: data: no file or directory {tmp_path / 'missing.jsonl'}\n"
     assert not (tmp_path / "out").exists()
 
 
