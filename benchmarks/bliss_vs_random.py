@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def one_cell(args: argparse.Namespace, seed: int, target: str, variant: str) -> 
     from transformers.utils import logging
 
     from bilect.progress import SilentProgress
+    from bilect.run_dir import RunDir
     from bilect.stages import choosing, texts, training
     from bilect.stages.context import RunContext, target_folder
 
@@ -117,18 +119,19 @@ def one_cell(args: argparse.Namespace, seed: int, target: str, variant: str) -> 
         return
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
+    stage = partial(RunDir(root.resolve()).stage, settings=[])
     start, flops = time.perf_counter(), 0.0
     if variant == "base":
         run = RunContext(root.resolve(), config_of(args, seed, "math", {}, args.fit_steps), SilentProgress())
-        texts.tokenise_pool(run, root)
-        texts.tokenise_targets(run, root)
+        stage("tokenise pool", partial(texts.tokenise_pool, run))
+        stage("tokenise targets", partial(texts.tokenise_targets, run))
         for role in ("proxy", "target"):
-            training.warm_up(run, root, role)
-        training.evaluate(run, root, "warmup/target")
+            stage(f"warm up {role}", partial(training.warm_up, run, role=role))
+        stage("evaluate warm", partial(training.evaluate, run, folder="warmup/target"))
         results = {"warm": json.loads((root / "warmup" / "eval.json").read_text())}
         for arm in ("random", "full"):
-            training.train_arm(run, root, 1, arm)
-            training.evaluate(run, root, target_folder(arm, 1))
+            stage(f"train {arm}", partial(training.train_arm, run, number=1, arm=arm))
+            stage(f"evaluate {arm}", partial(training.evaluate, run, folder=target_folder(arm, 1)))
             results[arm] = json.loads((root / "controls" / arm / "round-1" / "eval.json").read_text())
         record: dict[str, Any] = {"evaluations": results}
     else:
@@ -138,13 +141,13 @@ def one_cell(args: argparse.Namespace, seed: int, target: str, variant: str) -> 
         (root / "tokens").mkdir()
         for name in ("tokenizer", "warmup", "tokens/pool", "tokens/pool.json"):
             (root / name).symlink_to(base.resolve() / name)
-        texts.tokenise_targets(run, root)
-        fitted = choosing.fit(run, root, 1)
+        stage("tokenise targets", partial(texts.tokenise_targets, run))
+        fitted = stage("fit", partial(choosing.fit, run, number=1))
         fit_seconds = time.perf_counter() - start
-        scored = choosing.score(run, root, 1)
-        selected = choosing.select(run, root, 1)
-        training.train_arm(run, root, 1, "bliss")
-        training.evaluate(run, root, target_folder("bliss", 1))
+        scored = stage("score", partial(choosing.score, run, number=1))
+        selected = stage("select", partial(choosing.select, run, number=1))
+        stage("train bliss", partial(training.train_arm, run, number=1, arm="bliss"))
+        stage("evaluate bliss", partial(training.evaluate, run, folder=target_folder("bliss", 1)))
         flops = fitted["flops"] + scored["flops"]
         record = {
             "evaluations": json.loads((root / "round-1" / "eval.json").read_text()),
