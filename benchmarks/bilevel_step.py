@@ -13,7 +13,6 @@ import copy
 import itertools
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import high_water
 from _published_step import PublishedStep
 from rich.console import Console
 from rich.table import Table
@@ -230,18 +230,6 @@ def peak_memory(args: argparse.Namespace, device: torch.device, name: str) -> di
     for _ in range(2 if device.type == "cuda" else 1):
         step.step()
     return {"models_gb": loaded, "peak_gb": high_water(device) - start}
-
-
-def high_water(device: torch.device) -> float:
-    """Peak memory so far in gigabytes: of the GPU's allocator, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    with suppress(OSError):  # unlike ru_maxrss, this is not inherited from the process that started this one
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def device_name(device: torch.device) -> str:

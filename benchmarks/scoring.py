@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import zstandard
+from _memory import high_water
 from rich.console import Console
 from rich.table import Table
 
@@ -181,7 +181,7 @@ def memory_of(args: argparse.Namespace, work: Path, share: int) -> int:
 
 def memory(args: argparse.Namespace, work: Path) -> dict[str, int]:
     end_to_end(args, work, f"text-{args.share}", score_model(args), work / f"memory-{args.share}")
-    return {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"peak": int(high_water() * 1e9)}
 
 
 if __name__ == "__main__":

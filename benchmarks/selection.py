@@ -11,12 +11,10 @@ documents is selected from plainly, within shares of the sources, and at a tempe
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from _memory import high_water
 from rich.console import Console
 from rich.table import Table
 
@@ -100,16 +99,6 @@ def measure(scores: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "rows": chosen.pool_documents,
         "kept": chosen.documents,
     }
-
-
-def high_water() -> float:
-    """Peak memory of this process in gigabytes."""
-    with suppress(OSError):  # unlike ru_maxrss, this is not inherited from the process that started this one
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 if __name__ == "__main__":

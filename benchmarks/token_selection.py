@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _memory import high_water
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -202,16 +203,6 @@ def peak_memory(args: argparse.Namespace, device: torch.device, kind: str) -> di
     for _ in range(2):
         step()
     return {"peak_gb": high_water(device) - start, "with_sync_gb": synchronised - start, "weights_gb": weights}
-
-
-def high_water(device: torch.device) -> float:
-    """Peak memory so far in gigabytes: of the GPU's allocator, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e9
-    raise SystemExit("no VmHWM in /proc/self/status")
 
 
 def share_of_choosing(args: argparse.Namespace, device: torch.device, rank: int, port: int) -> float:

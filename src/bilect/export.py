@@ -1,38 +1,35 @@
 """The kept documents with their text, as Parquet or JSONL.zst, out of core."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
 
 from bilect.data.tokens import TokenStore
+from bilect.selection_order import quoted
 
 __all__ = ["attach_text", "extremes", "kept_ids"]
 
 _FORMATS = {"parquet": "FORMAT parquet, COMPRESSION zstd", "jsonl.zst": "FORMAT json, COMPRESSION zstd"}
 
 
-def attach_text(
-    selected: Path, store: TokenStore, form: Literal["parquet", "jsonl.zst"] = "parquet", without: Sequence[int] = ()
-) -> Path:
+def attach_text(selected: Path, store: TokenStore, form: Literal["parquet", "jsonl.zst"] = "parquet") -> Path:
     """Put the text beside every row of ``selected/kept.parquet``; returns the file, which replaces it.
 
     Args:
         selected: folder of a selection.
         store: token files with the documents; may hold more than was selected.
         form: ``kept.parquet`` (best first), or ``kept.jsonl.zst`` with one object per line.
-        without: rows of the store that are never used, such as documents that repeat an id.
     """
     kept, final = selected / "kept.parquet", selected / f"kept.{form}"
     draft = selected / f".{final.name}.partial"
     with duckdb.connect() as db:
-        db.execute(f"SET temp_directory = {_quoted(selected / '.duckdb')}")
-        db.register("texts", store.reader(["doc_id", "text"], without))
+        db.execute(f"SET temp_directory = {quoted(selected / '.duckdb')}")
+        db.register("texts", store.reader(["doc_id", "text"]))
         db.execute(
-            f"""COPY (SELECT k.*, t.text FROM read_parquet({_quoted(kept)}) k JOIN texts t USING (doc_id) ORDER BY rank)
-                TO {_quoted(draft)} ({_FORMATS[form]})"""
+            f"""COPY (SELECT k.*, t.text FROM read_parquet({quoted(kept)}) k JOIN texts t USING (doc_id) ORDER BY rank)
+                TO {quoted(draft)} ({_FORMATS[form]})"""
         )
     with draft.open("rb") as file:
         os.fsync(file.fileno())
@@ -52,7 +49,7 @@ def extremes(selected: Path, store: TokenStore, documents: int, characters: int)
         documents: how many of each.
         characters: of the text that are shown.
     """
-    files = ", ".join(_quoted(selected / name) for name in ("kept.parquet", "dropped.parquet"))
+    files = ", ".join(quoted(selected / name) for name in ("kept.parquet", "dropped.parquet"))
     names = ("doc_id", "source", "n_tokens", "score")
     with duckdb.connect() as db:
         db.execute(
@@ -76,8 +73,4 @@ def kept_ids(selected: Path) -> list[str]:
     file = next(selected / f"kept.{form}" for form in _FORMATS if (selected / f"kept.{form}").is_file())
     reader = "read_parquet" if file.suffix == ".parquet" else "read_json"
     with duckdb.connect() as db:
-        return [row[0] for row in db.execute(f"SELECT doc_id FROM {reader}({_quoted(file)}) ORDER BY rank").fetchall()]
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
+        return [row[0] for row in db.execute(f"SELECT doc_id FROM {reader}({quoted(file)}) ORDER BY rank").fetchall()]

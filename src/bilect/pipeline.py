@@ -18,7 +18,7 @@ from bilect.config import Config
 from bilect.errors import BilectError
 from bilect.progress import Progress, SilentProgress
 from bilect.report import write_report
-from bilect.run_dir import RunDir, content_hash, locked, write_json, write_text
+from bilect.run_dir import RunDir, locked, stage_key, write_json, write_text
 from bilect.runtime import distributed
 from bilect.stages import choosing, texts, training
 from bilect.stages.context import RunContext, target_folder
@@ -171,7 +171,7 @@ def states(plan: Sequence[Stage], manifest: Mapping[str, Any]) -> dict[str, bool
     """Which stages are done with their present settings and inputs."""
     records, keys, done = manifest.get("stages", {}), dict[str, str](), dict[str, bool]()
     for s in plan:
-        keys[s.name] = content_hash([s.name, s.settings, [keys[name] for name in s.after]])
+        keys[s.name] = stage_key(s.name, s.settings, [keys[name] for name in s.after])
         done[s.name] = records.get(s.name, {}).get("key") == keys[s.name]
     return done
 

@@ -22,10 +22,10 @@ from bilect.bilevel.cost import fit_flops
 from bilect.config import Config, SourceConfig, TrainConfig
 from bilect.data.documents import Document, bad_record, read_input
 from bilect.data.sources import Input, inputs
-from bilect.errors import BilectError
+from bilect.errors import BilectError, reason
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
-from bilect.models.loading import load_causal_lm, load_tokenizer, train_tokenizer
+from bilect.models.loading import load_causal_lm, load_tokenizer, padded_vocabulary, train_tokenizer
 from bilect.models.presets import PRESETS
 from bilect.models.score_model import ScoreModel, ScoreModelConfig
 from bilect.pipeline import Stage, stages, states
@@ -35,6 +35,7 @@ from bilect.runtime import distributed
 from bilect.runtime.device import pick_device
 from bilect.stages import texts
 from bilect.stages.context import RunContext
+from bilect.stages.training import PROBE_DOCUMENTS
 
 __all__ = ["PlannedStage", "plan_run"]
 
@@ -84,8 +85,8 @@ def plan_run(config: Config, out: Path) -> list[PlannedStage]:
     """
     context = RunContext(out.resolve(), config, SilentProgress())
     plan = stages(context, texts.input_hashes(context))
-    done = states(plan, read_manifest(out))
-    records = read_manifest(out)["stages"]
+    manifest = read_manifest(out)
+    done, records = states(plan, manifest), manifest["stages"]
     tokenise = _Tokeniser(config, out)
     data = config.data
     pool, upper = (
@@ -112,16 +113,14 @@ class _Tokeniser:
     def __init__(self, config: Config, out: Path) -> None:
         self.context, self.tokens, self.seconds = config.data.context, 0, 0.0
         self.skip = config.data.on_bad_record == "skip"
-        models, tokenizer = config.models, config.data.tokenizer
-        named = [tokenizer, *(m for m in (models.target, models.proxy) if isinstance(m, str) and m not in PRESETS)]
-        trained = [str(out / "tokenizer")] if (out / "tokenizer").is_dir() else []
-        spec = next((n for n in [*named, *trained] if n is not None), None)
+        trained = str(out / "tokenizer") if (out / "tokenizer").is_dir() else None
+        spec = texts.given_tokenizer(config) or trained
         if spec is not None:
             self.tokenizer = load_tokenizer(spec)
         else:
             sample, _ = _take(inputs(config.data.lower_data[0])[0], SAMPLE_CHARACTERS, self.skip)
             self.tokenizer = train_tokenizer((d.text for d in sample), config.data.vocab_size)
-        self.vocabulary = -(-len(self.tokenizer) // 64) * 64
+        self.vocabulary = padded_vocabulary(self.tokenizer)
 
     @property
     def speed(self) -> float:
@@ -199,7 +198,7 @@ class _Costs:
             try:
                 hf_config = AutoConfig.from_pretrained(spec, trust_remote_code=False)
             except (OSError, ValueError) as error:
-                raise BilectError(f"model: cannot load {spec!r}: {str(error).strip().splitlines()[0]}") from error
+                raise BilectError(f"model: cannot load {spec!r}: {reason(error)}") from error
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(hf_config)
         with torch.device("meta"):
@@ -234,7 +233,7 @@ class _Costs:
             tokens = self.heldout.tokens
             return tokens, forward_flops(self.target, tokens, self.heldout.length), "target"
         if name == "fidelity":
-            tokens = 4 * 256 * self.pool.length
+            tokens = 4 * PROBE_DOCUMENTS * self.pool.length
             return tokens, forward_flops(self.target, tokens, self.pool.length), "target"
         return 0.0, 0.0, "target"
 

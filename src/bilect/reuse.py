@@ -10,7 +10,6 @@ import numpy as np
 import yaml
 
 from bilect.config import Config, SelectionConfig, parse_config, parse_selection, parse_source
-from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
 from bilect.export import attach_text
 from bilect.models.loading import load_tokenizer
@@ -19,7 +18,7 @@ from bilect.run_dir import RunDir, content_hash, locked
 from bilect.selection import Selected, select
 from bilect.stages import texts
 from bilect.stages.choosing import score_pool
-from bilect.stages.context import Figures, RunContext
+from bilect.stages.context import Figures, RunContext, open_pool
 
 __all__ = ["score_files", "select_again", "selection_settings"]
 
@@ -77,7 +76,7 @@ def select_again(
     folder = out if out is not None else source / "selections" / _name(config, seed)
     chosen = select(scores, folder, config, seed=seed)
     if tokens is not None:
-        attach_text(folder, TokenStore(tokens), config.format)
+        attach_text(folder, open_pool(tokens), config.format)
     return chosen, folder
 
 
@@ -131,8 +130,8 @@ def _score(context: RunContext, model: Path, scratch: Path) -> Figures:
 
 
 def _scores_of(source: Path, number: int | None) -> tuple[Path, Path | None]:
-    """Folder of the score files, and of the token files where there are any."""
-    tokens = source / "tokens" / "pool"
+    """Folder of the score files, and of the tokens where there are any."""
+    tokens = source / "tokens"
     rounds = sorted((int(p.parent.name.removeprefix("round-")), p) for p in source.glob("round-*/scores"))
     if rounds:
         found = dict(rounds)

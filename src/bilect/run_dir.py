@@ -23,7 +23,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -86,6 +86,11 @@ def content_hash(value: Any) -> str:
     else:
         digest.update(json.dumps(value, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def stage_key(name: str, settings: Any, after: Sequence[str | None]) -> str:
+    """Key of a stage from its name, its settings, and the keys of the stages it builds on."""
+    return content_hash([name, settings, list(after)])
 
 
 def derive_seed(seed: int, *labels: str | int) -> int:
@@ -179,7 +184,7 @@ class RunDir:
     def key(self, name: str, settings: Any, after: Iterable[str] = ()) -> str:
         """Key of a stage: its name, its settings, and the keys of the stages it builds on."""
         stages = self.manifest["stages"]
-        return content_hash([name, settings, [stages.get(s, {}).get("key") for s in after]])
+        return stage_key(name, settings, [stages.get(s, {}).get("key") for s in after])
 
     def stage(
         self, name: str, action: Callable[[Path], Mapping[str, Any]], *, settings: Any, after: Iterable[str] = ()

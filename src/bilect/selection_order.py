@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from bilect.errors import BilectError
+from bilect.errors import BilectError, reason
 
-__all__ = ["RankedScores"]
+__all__ = ["RankedScores", "quoted"]
 
 COLUMNS = ("doc_id", "source", "n_tokens", "score")
 BUCKET_ROWS, CHUNK_ROWS, SCAN_ROWS = 1 << 25, 1 << 19, 1 << 19
@@ -65,14 +65,14 @@ class RankedScores:
             _check_columns(file)
         self.noisy, self._scratch = temperature > 0, scratch
         with duckdb.connect() as db:
-            db.execute(f"SET memory_limit = '1GB'; SET temp_directory = {_quoted(scratch / 'duckdb')}")
+            db.execute(f"SET memory_limit = '1GB'; SET temp_directory = {quoted(scratch / 'duckdb')}")
             db.execute("SET preserve_insertion_order = false; SET arrow_large_buffer_size = true")
             unit = f"(('0x' || md5('{seed}/' || doc_id::VARCHAR)[:13])::BIGINT + 0.5::DOUBLE) / {2**52}::DOUBLE"
             noise = f" + {temperature!r}::DOUBLE * -ln(-ln({unit}))" if self.noisy else ""
             db.execute(
                 f"""CREATE VIEW pool AS SELECT doc_id::VARCHAR AS doc_id, source::VARCHAR AS source,
                       n_tokens::INTEGER AS n_tokens, score::FLOAT AS score, (score::DOUBLE{noise})::FLOAT AS key
-                    FROM read_parquet([{", ".join(map(_quoted, files))}])"""
+                    FROM read_parquet([{", ".join(map(quoted, files))}])"""
             )
             try:
                 self._account(db)
@@ -108,7 +108,7 @@ class RankedScores:
             count = -(-documents // BUCKET_ROWS)
             edges = np.unique(-np.quantile(sample, np.arange(1, count) / count, method="nearest"))
         buckets = [_Bucket(self._scratch / f"bucket-{i}", noisy=self.noisy) for i in range(len(edges) + 1)]
-        names = ", ".join(map(_quoted, self.sources))
+        names = ", ".join(map(quoted, self.sources))
         hashes, done = np.empty(documents, np.uint64), 0
         key = ", key" if self.noisy else ""
         query = f"SELECT doc_id, source::ENUM({names}) AS source, n_tokens, score, hash(doc_id) AS hash{key} FROM pool"
@@ -235,7 +235,8 @@ def _ties_by_doc_id(packed: np.ndarray, doc_id: pa.LargeStringArray) -> np.ndarr
     return rows
 
 
-def _quoted(text: str | Path) -> str:
+def quoted(text: str | Path) -> str:
+    """A string for SQL."""
     return "'" + str(text).replace("'", "''") + "'"
 
 
@@ -243,7 +244,7 @@ def _check_columns(file: Path) -> None:
     try:
         names = pq.read_schema(file).names
     except (pa.ArrowException, OSError) as error:
-        raise BilectError(f"select: {file} is not a readable Parquet file: {_line(error)}") from error
+        raise BilectError(f"select: {file} is not a readable Parquet file: {reason(error)}") from error
     for name in COLUMNS:
         if name not in names:
             raise BilectError(f"select: {file} has no column {name!r}")
@@ -254,8 +255,4 @@ def _read_through(file: Path) -> None:
         for _ in pq.ParquetFile(file).iter_batches(columns=list(COLUMNS)):
             pass
     except (pa.ArrowException, OSError) as error:
-        raise BilectError(f"select: {file} is damaged: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise BilectError(f"select: {file} is damaged: {reason(error)}") from error

@@ -5,11 +5,6 @@
 Forked from here, before any computation, because importing takes longer than all the steps.
 """
 
-import multiprocessing
-import os
-import socket
-import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +17,7 @@ from bilect.config import FitConfig
 from bilect.data.batch import Batch
 from bilect.models.score_model import ScoreModel
 from bilect.runtime import distributed
+from tests.distributed.ranks import main
 from tests.helpers import batch_of, documents, tiny_lm
 
 STEPS = 3
@@ -114,35 +110,9 @@ def collectives() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def one_of(rank: int, world: int, port: int, out: str) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    distributed.start()
-    results: dict[str, Any] = {name: run(name) for name in SCENARIOS}
-    results["collectives"] = collectives()
-    distributed.barrier()
-    torch.save(results, f"{out}.{world}.{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def main(out: str, world: int) -> int:
-    """Exit code 0 if all ranks ended well; the first that fails ends the others."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=one_of, args=(rank, world, port, out), daemon=True) for rank in range(world)]
-    for process in processes:
-        process.start()
-    while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
-        time.sleep(0.05)
-    for process in processes:
-        process.kill() if process.is_alive() else None
-        process.join()
-    return max(abs(p.exitcode or 0) for p in processes)
+def work() -> dict[str, Any]:
+    return {**{name: run(name) for name in SCENARIOS}, "collectives": collectives()}
 
 
 if __name__ == "__main__":
-    sys.exit(max(main(sys.argv[1], int(world)) for world in sys.argv[2:]))
+    main(work)

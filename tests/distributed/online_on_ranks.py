@@ -5,11 +5,6 @@
 Forked from here, before any computation, because importing takes longer than all the steps.
 """
 
-import multiprocessing
-import os
-import socket
-import sys
-import time
 from typing import Any
 
 import torch
@@ -20,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bilect.bilevel.online import OnlineTokenSelector
 from bilect.runtime import distributed
 from tests.bilevel.online_helpers import Batch, make_batch
+from tests.distributed.ranks import main
 from tests.helpers import tiny_lm
 
 STEPS = 5
@@ -149,35 +145,10 @@ def ties_and_empty() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def one_of(rank: int, world: int, port: int, out: str) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    distributed.start()
-    results: dict[str, Any] = {name: run(name) for name in SCENARIOS}
-    results["local"], results["ties"] = local(world), ties_and_empty()
-    distributed.barrier()
-    torch.save(results, f"{out}.{world}.{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def main(out: str, world: int) -> int:
-    """Exit code 0 if all ranks ended well; the first that fails ends the others."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=one_of, args=(rank, world, port, out), daemon=True) for rank in range(world)]
-    for process in processes:
-        process.start()
-    while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
-        time.sleep(0.05)
-    for process in processes:
-        process.kill() if process.is_alive() else None
-        process.join()
-    return max(abs(p.exitcode or 0) for p in processes)
+def work() -> dict[str, Any]:
+    world = distributed.world_size()
+    return {**{name: run(name) for name in SCENARIOS}, "local": local(world), "ties": ties_and_empty()}
 
 
 if __name__ == "__main__":
-    sys.exit(max(main(sys.argv[1], int(world)) for world in sys.argv[2:]))
+    main(work)

@@ -3,10 +3,6 @@
 Five documents a batch, so the ranks hold unequal parts with unequal numbers of learned tokens.
 """
 
-import os
-import signal
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,30 +12,16 @@ import torch
 
 from tests.distributed import online_on_ranks
 from tests.distributed.online_on_ranks import LENGTHS, SCENARIOS, STEPS
+from tests.distributed.ranks import run_script
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 300  # seconds, for a machine that does much else; it takes about 20
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the ranks left their results; whatever happens, no process is left after LIMIT seconds."""
+    """Where the ranks left their results."""
     out = tmp_path_factory.mktemp("ranks") / "out"
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    process = subprocess.Popen(
-        [sys.executable, online_on_ranks.__file__, str(out), "2", "3"], cwd=ROOT, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )  # fmt: skip
-    try:
-        log, _ = process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"the ranks did not end within {LIMIT} s")
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0, log[-5000:]
+    run_script(online_on_ranks.__file__, out, LIMIT)
     return out
 
 

@@ -159,3 +159,24 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, monkeypatch, argument
     assert isinstance(result.exception, BilectError)
     assert any(part in str(result.exception) for part in message.split("|")) and "\n" not in str(result.exception)
     assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_a_document_that_repeats_an_id_is_not_selected_with_its_text(finished, tmp_path):
+    """Its row stays in the token file; neither score nor selection may see it."""
+    out, _ = finished
+    for number, text in enumerate(("sun rain wind " * 9, "proof lemma set " * 9)):
+        (tmp_path / f"part{number}.jsonl").write_text(json.dumps({"id": "twice", "text": text}) + "\n")
+    (tmp_path / "part2.jsonl").write_text(json.dumps({"id": "once", "text": "map sum root " * 9}) + "\n")
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    settings["data"]["on_bad_record"] = "skip"
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "config.yaml").write_text(yaml.safe_dump(settings))
+    for name in ("tokenizer", "score_model"):
+        (copy / name).symlink_to(out / name)
+    figures = score_files(copy, [str(tmp_path / "part*.jsonl")], tmp_path / "scored")
+    assert figures["documents"] == 2 and figures["skipped"] == {"duplicate doc_id": 1}
+    _, folder = select_again(tmp_path / "scored", None, {"keep_ratio": 1.0})
+    kept = {r["doc_id"]: r["text"] for r in pq.read_table(folder / "kept.parquet").to_pylist()}
+    assert pq.read_metadata(folder / "kept.parquet").num_rows == 2
+    assert kept["twice"].startswith("sun rain") and kept["once"].startswith("map sum")

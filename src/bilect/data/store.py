@@ -37,21 +37,25 @@ class TokenStore:
     Args:
         paths: a token file, a folder of them (in the order of their names), or several files in their order.
         weights: of the files; 1 by default.
+        excluded: rows that are never used, such as documents that repeat an id.
 
     Attributes:
         paths: the files.
         length_R: tokens of each row.
         weight_R: weight of the file of each row; None where all are 1.
         parts: the rows of each file.
+        excluded: as given.
 
     Raises:
         BilectError: a file is missing or damaged.
     """
 
-    def __init__(self, paths: Path | Sequence[Path], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, paths: Path | Sequence[Path], weights: Sequence[float] | None = None, excluded: Rows = ()
+    ) -> None:
         if isinstance(paths, Path):
             paths = sorted(paths.glob("*.arrow")) if paths.is_dir() else [paths]
-        self.paths = list(paths)
+        self.paths, self.excluded = list(paths), np.asarray(excluded, dtype=np.int64)
         self.parts: list[Part] = []
         self._batches: list[pa.RecordBatch] = []
         counts: list[int] = []
@@ -122,13 +126,12 @@ class TokenStore:
         place[order] = np.arange(len(rows))
         return pa.concat_arrays(parts).take(pa.array(place))
 
-    def reader(self, columns: Sequence[str], without: Rows = ()) -> pa.RecordBatchReader:
-        """All rows of some columns but those in ``without``, a batch at a time."""
-        dropped = np.asarray(without, dtype=np.int64)
+    def reader(self, columns: Sequence[str]) -> pa.RecordBatchReader:
+        """All rows of some columns but the excluded ones, a batch at a time."""
 
         def batches() -> Iterator[pa.RecordBatch]:
             for first, batch in zip(self._firsts, self._batches, strict=False):
-                own = dropped[(dropped >= first) & (dropped < first + len(batch))] - first
+                own = self.excluded[(self.excluded >= first) & (self.excluded < first + len(batch))] - first
                 part = batch.select(list(columns))
                 yield part.filter(pa.array(~np.isin(np.arange(len(batch)), own))) if len(own) else part
 

@@ -29,6 +29,7 @@ __all__ = [
     "load_causal_lm",
     "load_score_model",
     "load_tokenizer",
+    "padded_vocabulary",
     "train_tokenizer",
 ]
 
@@ -186,6 +187,11 @@ def _read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
         tokenizer.eos_token = END_OF_TEXT
     return tokenizer
+
+
+def padded_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows of the embeddings that are built for a tokenizer: a multiple of 64."""
+    return -(-len(tokenizer) // 64) * 64
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -124,7 +124,7 @@ def select(run: RunContext, scratch: Path, number: int) -> Figures:
     chosen = selection.select(scores, out / "selected", config.selection, seed=seed)
     pool = run.pool()
     write_json(out / "extremes.json", extremes(out / "selected", pool, SHOWN_DOCUMENTS, SHOWN_CHARACTERS))
-    attach_text(out / "selected", pool, config.selection.format, run.excluded().tolist())
+    attach_text(out / "selected", pool, config.selection.format)
     if chosen.note:
         run.progress.note(chosen.note)
     return {

@@ -20,7 +20,7 @@ from bilect.run_dir import derive_seed
 from bilect.runtime import distributed
 from bilect.runtime.device import pick_device
 
-__all__ = ["Figures", "RunContext", "target_folder"]
+__all__ = ["Figures", "RunContext", "open_pool", "target_folder"]
 
 Figures = dict[str, Any]
 
@@ -56,17 +56,15 @@ class RunContext:
 
     def pool(self) -> TokenStore:
         """The pool's tokens: the rows of all its inputs, those that are never used among them."""
-        files = self.pool_note()["files"]
-        folder = self.root / "tokens" / "pool"
-        return TokenStore([folder / f["file"] for f in files], [f["weight"] for f in files])
+        return open_pool(self.root / "tokens")
 
     def pool_note(self) -> dict[str, Any]:
         """``tokens/pool.json``: the pool's token files and, by reason, its rows that are never used."""
-        return dict(json.loads((self.root / "tokens" / "pool.json").read_text(encoding="utf-8")))
+        return _pool_note(self.root / "tokens")
 
     def excluded(self) -> np.ndarray:
         """Rows of the pool that are never used: documents that repeat an earlier one, or are held out."""
-        return np.array(sorted(chain.from_iterable(self.pool_note()["excluded"].values())), dtype=np.int64)
+        return _excluded(self.pool_note())
 
     def upper_sets(self) -> list[tuple[str, float, TokenStore]]:
         """Name, weight and tokens of each target set, in the order of the config."""
@@ -93,6 +91,21 @@ class RunContext:
         if distributed.is_main():
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+
+
+def open_pool(tokens: Path) -> TokenStore:
+    """The pool behind a folder with ``pool.json`` and ``pool/``."""
+    note = _pool_note(tokens)
+    paths = [tokens / "pool" / f["file"] for f in note["files"]]
+    return TokenStore(paths, [f["weight"] for f in note["files"]], _excluded(note))
+
+
+def _pool_note(tokens: Path) -> dict[str, Any]:
+    return dict(json.loads((tokens / "pool.json").read_text(encoding="utf-8")))
+
+
+def _excluded(note: dict[str, Any]) -> np.ndarray:
+    return np.array(sorted(chain.from_iterable(note["excluded"].values())), dtype=np.int64)
 
 
 def target_folder(arm: str, number: int) -> str:

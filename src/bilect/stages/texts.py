@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from bilect.config import SourceConfig
+from bilect.config import Config, SourceConfig
 from bilect.data.checks import DocumentIndex
 from bilect.data.documents import Problem, bad_record, read_documents
 from bilect.data.sources import Input, identity, inputs, set_name
@@ -29,7 +29,7 @@ from bilect.run_dir import write_json, write_text
 from bilect.runtime import distributed
 from bilect.stages.context import Figures, RunContext
 
-__all__ = ["input_hashes", "tokenise_files", "tokenise_pool", "tokenise_targets"]
+__all__ = ["given_tokenizer", "input_hashes", "tokenise_files", "tokenise_pool", "tokenise_targets"]
 
 TWICE, HELD_OUT = "duplicate doc_id", "in heldout_data"
 
@@ -230,12 +230,16 @@ def _counts(skipped: Iterable[dict[str, Any]]) -> dict[str, int]:
     return dict(Counter(s["reason"] for s in skipped))
 
 
+def given_tokenizer(config: Config) -> str | None:
+    """The tokenizer that the settings name, or that a pretrained model brings; None: one is trained on the pool."""
+    models = config.models
+    brought = (m for m in (models.target, models.proxy) if isinstance(m, str) and m not in PRESETS)
+    return config.data.tokenizer if config.data.tokenizer is not None else next(brought, None)
+
+
 def _make_tokenizer(run: RunContext) -> PreTrainedTokenizerBase:
-    data, models = run.config.data, run.config.models
-    if data.tokenizer is not None:
-        return load_tokenizer(data.tokenizer)
-    for spec in (models.target, models.proxy):
-        if isinstance(spec, str) and spec not in PRESETS:
-            return load_tokenizer(spec)
+    data, spec = run.config.data, given_tokenizer(run.config)
+    if spec is not None:
+        return load_tokenizer(spec)
     texts = islice(read_documents(data.lower_data, skip=data.on_bad_record == "skip"), 100_000)
     return train_tokenizer((d.text for d in texts), data.vocab_size)

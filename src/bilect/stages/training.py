@@ -16,7 +16,7 @@ from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
 from bilect.export import kept_ids
 from bilect.models.flops import forward_flops
-from bilect.models.loading import check_vocabulary, load_causal_lm
+from bilect.models.loading import check_vocabulary, load_causal_lm, padded_vocabulary
 from bilect.models.presets import PRESETS
 from bilect.run_dir import derive_seed, write_json
 from bilect.runtime import distributed
@@ -24,7 +24,7 @@ from bilect.stages.context import Figures, RunContext, target_folder
 from bilect.stages.last_good import keep_last_good
 from bilect.training import NotANumberError, forget_training, train
 
-__all__ = ["evaluate", "fidelity", "publish", "train_arm", "warm_up"]
+__all__ = ["PROBE_DOCUMENTS", "evaluate", "fidelity", "publish", "train_arm", "warm_up"]
 
 PROBE_DOCUMENTS = 256
 
@@ -33,7 +33,7 @@ def warm_up(run: RunContext, scratch: Path, role: str) -> Figures:
     """Train proxy or target on the warm-up shard."""
     spec = run.config.models.proxy if role == "proxy" else run.config.models.target
     settings = run.config.warmup.proxy if role == "proxy" else run.config.warmup.target
-    vocabulary = -(-len(run.tokenizer) // 64) * 64
+    vocabulary = padded_vocabulary(run.tokenizer)
     seed = derive_seed(run.config.seed, "initial", role)
     if isinstance(spec, str) and spec not in PRESETS:
         check_vocabulary(f"models.{role}", spec, run.tokenizer, str(run.root / "tokenizer"))
