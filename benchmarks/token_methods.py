@@ -3,15 +3,17 @@
 A model is warmed up on the pool, once per seed; every method continues from it on the same batches. Reported: the
 held-out loss per token on the target (answers only where an example has a prompt), its mean over seeds with an
 interval, and the cost in operations and seconds, reference included. One file per run in --out: an interrupted grid
-goes on where it stopped.
+goes on where it stopped. Without --upper and --heldout the pool itself is the target: a thirtieth of its documents is
+set apart for each.
 
-    python benchmarks/token_methods.py --small --out runs/token_methods \
-        --pool pool_small.jsonl.zst --upper upper/gsm8k.jsonl --heldout heldout/gsm8k.jsonl --tokenizer tokenizer.json
+    python benchmarks/token_methods.py --small --out runs/token_methods/gsm8k \
+        --pool pool_small.jsonl.zst --upper upper/gsm8k.jsonl --heldout heldout/gsm8k.jsonl
 """
 
 import argparse
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ from bilect.bilevel.online import OnlineTokenSelector
 from bilect.config import SourceConfig
 from bilect.data.documents import Document, read_documents
 from bilect.models.flops import forward_flops
-from bilect.models.loading import load_causal_lm, load_tokenizer
+from bilect.models.loading import load_causal_lm, load_tokenizer, train_tokenizer
 from bilect.runtime.device import autocast, pick_device
 
 Batch = dict[str, Any]
@@ -70,16 +72,17 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", required=True, help="documents to train on")
-    parser.add_argument("--upper", required=True, help="the target set")
-    parser.add_argument("--heldout", required=True, help="for reporting only; disjoint from --upper")
-    parser.add_argument("--tokenizer", required=True, help="directory, Hub name or tokenizer.json")
+    parser.add_argument("--upper", help="the target set")
+    parser.add_argument("--heldout", help="for reporting only; disjoint from --upper")
+    parser.add_argument("--tokenizer", help="directory, Hub name or file; default: the model's, or one trained here")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="of a tokenizer that is trained here")
     parser.add_argument("--model", default="pythia-70m", help="preset (then warmed up) or pretrained model (then not)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.6])
     parser.add_argument("--sync-every", type=int, nargs="+", default=[100])
-    parser.add_argument("--reference-steps", type=int, default=30)
+    parser.add_argument("--reference-share", type=float, default=0.3, help="K/T")
     parser.add_argument("--reference-learning-rate", type=float, default=1e-4)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--warm-steps", type=int, default=2000, help="0: take the model as it is")
@@ -92,7 +95,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.small:
-        small = {"warm_steps": 500, "steps": 300, "tokens": 128, "sync_every": [50], "reference_steps": 15,
+        small = {"warm_steps": 500, "steps": 300, "tokens": 128, "sync_every": [50],
                  "learning_rate": 1e-3, "reference_learning_rate": 1e-3}  # fmt: skip
         for name, value in small.items():
             if getattr(args, name) == parser.get_default(name):
@@ -105,19 +108,28 @@ class Data:
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device = args, device
-        self.tokenizer = load_tokenizer(args.tokenizer)
+        documents = list(read_documents([SourceConfig(path=args.pool)]))
+        if args.upper:
+            upper, heldout = ([*read_documents([SourceConfig(path=p)])] for p in (args.upper, args.heldout))
+        else:
+            random.Random(0).shuffle(documents)
+            share = len(documents) // 30
+            upper, heldout, documents = documents[:share], documents[share : 2 * share], documents[2 * share :]
+        if args.tokenizer or (args.warm_steps == 0 and not args.small):
+            self.tokenizer = load_tokenizer(args.tokenizer or args.model)
+        else:
+            self.tokenizer = train_tokenizer((d.text for d in documents), args.vocabulary)
         end = self.tokenizer.eos_token_id
         stream: list[int] = []
         source: list[str] = []
-        for document in read_documents([SourceConfig(path=args.pool)]):
+        for document in documents:
             ids = [*self.tokenizer(document.text)["input_ids"], end]
             stream += ids
             source += [document.source] * len(ids)
         n = len(stream) // args.tokens
         self.pool_RT = torch.tensor(stream[: n * args.tokens]).view(n, args.tokens)
         self.source_R = [source[i * args.tokens + args.tokens // 2] for i in range(n)]
-        self.upper = [self._example(d) for d in read_documents([SourceConfig(path=args.upper)])]
-        self.heldout = [self._example(d) for d in read_documents([SourceConfig(path=args.heldout)])]
+        self.upper, self.heldout = ([self._example(d) for d in part] for part in (upper, heldout))
 
     def _example(self, document: Document) -> tuple[list[int], int]:
         prompt = self.tokenizer(document.prompt)["input_ids"] if document.prompt else []
@@ -156,8 +168,8 @@ class Data:
 def build(args: argparse.Namespace, data: Data, seed: int) -> PreTrainedModel:
     if not args.small:
         return load_causal_lm(args.model, vocab_size=len(data.tokenizer), seed=seed, context=args.tokens)
-    config = {"model_type": "gpt_neox", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "intermediate_size": 256, "tie_word_embeddings": True}  # fmt: skip
+    config = {"model_type": "gpt_neox", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "intermediate_size": 512, "tie_word_embeddings": True}  # fmt: skip
     return load_causal_lm(config, vocab_size=len(data.tokenizer), seed=seed, context=args.tokens)
 
 
@@ -200,13 +212,15 @@ def run(
     model = build(args, data, seed).to(device).train()
     model.load_state_dict(warm.state_dict())
     upper = torch.utils.data.DataLoader(data.examples(data.upper), batch_size=None, shuffle=True)
-    options = {
-        "keep_ratio": keep_ratio, "sync_every": sync_every or None, "reference_steps": args.reference_steps,
-        "reference_learning_rate": args.reference_learning_rate, "diagnose_every": max(args.steps // 10, 1),
-        "lower_loader": list(data.windows(3000 + seed, args.reference_steps)), "seed": seed, **METHODS[method],
-    }  # fmt: skip
+    every = sync_every or args.sync_every[0]
+    reference_steps = max(round(args.reference_share * every), 1)
     if method == "rho1":  # as many reference steps as BLADE takes in all
-        options["reference_steps"] = args.reference_steps * math.ceil(args.steps / args.sync_every[0])
+        reference_steps *= math.ceil(args.steps / every)
+    options = {
+        "keep_ratio": keep_ratio, "sync_every": sync_every or None, "reference_steps": reference_steps,
+        "reference_learning_rate": args.reference_learning_rate, "diagnose_every": max(args.steps // 10, 1),
+        "lower_loader": list(data.windows(3000 + seed, reference_steps)), "seed": seed, **METHODS[method],
+    }  # fmt: skip
     selector = OnlineTokenSelector(model, upper, **options)
     warm_loss = heldout_loss(args, model, data)
     seconds = train(args, model, selector, data.windows(2000 + seed, args.steps), args.learning_rate)
@@ -214,7 +228,7 @@ def run(
     # in forward passes: a training step 3, the losses of w and of m one each, a reference step 3 per batch and model
     followers = {"full": 0, "random-token": 0, "blade-matched": 2}.get(method, 1)
     batches = {"rho1": 1, "blade": 2, "blade-matched": 3}.get(method, 0)
-    synced = selector.synchronisations * options["reference_steps"] * args.rows * args.tokens
+    synced = selector.synchronisations * reference_steps * args.rows * args.tokens
     passes = tokens * (3 + followers) + synced * 3 * batches
     return {
         "method": method, "keep_ratio": keep_ratio, "sync_every": sync_every, "seed": seed,
@@ -250,7 +264,8 @@ def report(args: argparse.Namespace) -> None:
     groups: dict[tuple[str, float, int], list[dict[str, Any]]] = {}
     for r in runs:
         groups.setdefault((r["method"], r["keep_ratio"], r["sync_every"]), []).append(r)
-    table = Table(title=f"held-out loss after {args.steps} steps, {Path(args.upper).stem}")
+    target = Path(args.upper).stem if args.upper else "the pool itself"
+    table = Table(title=f"held-out loss after {args.steps} steps, {target}")
     for column in ("method", "keep", "T", "seeds", "loss", "minus full (95%)", "operations / full", "seconds / full"):
         table.add_column(column)
     figures = []
