@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "BilectError": "bilect.errors",
     "BilevelFit": "bilect.bilevel.offline",
-    "BladeConfig": "bilect.integrations.blade_config",
+    "BladeConfig": "bilect.blade_config",
     "BladeTrainer": "bilect.integrations.trainer",
     "CausalLM": "bilect.models.causal_lm",
     "Config": "bilect.config",

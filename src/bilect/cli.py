@@ -1,6 +1,7 @@
 """Command line: parse, call one function, set the exit code."""
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,13 @@ app = typer.Typer(
 class _Size(StrEnum):
     tiny = "tiny"
     paper = "paper"
+
+
+class _Method(StrEnum):
+    blade = "blade"
+    rho1 = "rho1"
+    random_token = "random-token"
+    full = "full"
 
 
 class _Format(StrEnum):
@@ -175,10 +183,18 @@ def select(
 
 @app.command()
 def train(
-    config: Source, out: Out = None, number: Round = None, overrides: Overrides = None, dry_run: DryRun = False
+    config: Source,
+    out: Out = None,
+    number: Round = None,
+    method: Annotated[
+        list[_Method] | None,
+        typer.Option(help="Train on the full pool instead, with tokens chosen so, and evaluate; repeatable."),
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Train the target, and its controls, on the documents of a round."""
-    _carry_out("train", config, out, overrides, number, dry_run)
+    """Train the target, and its controls, on the documents of a round; or compare ways to choose tokens (--method)."""
+    _carry_out("train", config, out, overrides, number, dry_run, [m.value for m in method or []])
 
 
 @app.command("eval")
@@ -200,7 +216,13 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> N
 
 
 def _carry_out(
-    command: str, source: Path, out: Path | None, overrides: list[str] | None, number: int | None, dry_run: bool
+    command: str,
+    source: Path,
+    out: Path | None,
+    overrides: list[str] | None,
+    number: int | None,
+    dry_run: bool,
+    arms: Sequence[str] = (),
 ) -> None:
     from bilect.terminal import plan_on_screen, run_with_progress
 
@@ -210,9 +232,9 @@ def _carry_out(
         source, out = source / "config.yaml", out or source
     folder = _needed(out, command)
     if dry_run:
-        plan_on_screen(source, folder, overrides or [])
+        plan_on_screen(source, folder, overrides or [], arms)
     else:
-        run_with_progress(source, folder, overrides or [], command=command, number=number)
+        run_with_progress(source, folder, overrides or [], command=command, number=number, arms=arms)
 
 
 def _needed(out: Path | None, command: str) -> Path:

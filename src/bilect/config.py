@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from bilect.blade_config import BladeConfig
 from bilect.errors import BilectError
 
 __all__ = [
     "Config",
+    "Control",
     "DataConfig",
     "FitConfig",
     "ModelsConfig",
@@ -32,6 +34,7 @@ Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Control = Literal["random", "full", "random-token", "rho1", "blade"]
 
 
 class _Settings(BaseModel):
@@ -244,8 +247,15 @@ class Config(_Settings):
     rounds: Positive = Field(1, description="R (paper: 4)")
     reset_proxy: bool = Field(True, description="every round starts from the warmed-up proxy (paper: yes)")
     carry_score_model: bool = Field(True, description="the score model carries over between rounds (paper: yes)")
-    controls: tuple[Literal["random", "full"], ...] = Field(
-        ("random",), description="arms trained on the same number of tokens for comparison"
+    online: BladeConfig = Field(
+        BladeConfig(method="full"),
+        description="choice of tokens inside the training on the chosen documents (method full: none), and settings of "
+        "the controls that choose tokens",
+    )
+    controls: tuple[Control, ...] = Field(
+        ("random",),
+        description="arms trained on the same number of tokens for comparison: random documents; the full pool; the "
+        "full pool with tokens chosen at random, by RHO-1 or by BLADE",
     )
     score_batch_tokens: Positive = Field(8192, description="tokens per scoring batch and per evaluation batch")
     checkpoint_every: Positive = Field(500, description="steps of the fit and of training between two checkpoints")
@@ -256,6 +266,11 @@ class Config(_Settings):
         if self.fit.weighting == "naive" and self.models.score_head != "sigmoid":
             raise ValueError("naive weighting needs positive scores: set models.score_head=sigmoid")
         return self
+
+    def online_of(self, arm: Any) -> BladeConfig | None:
+        """How the training of an arm ("bliss" or a control) chooses tokens; None where it learns all of them."""
+        method = self.online.method if arm == "bliss" else arm
+        return None if method in ("bliss", "random", "full") else self.online.of(method)
 
 
 def _known_keys(model: type[BaseModel], at: Sequence[Any]) -> list[str]:

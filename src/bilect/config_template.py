@@ -22,6 +22,7 @@ _TITLES = {
     "fit": "The bilevel fit of the score model.",
     "selection": "What is kept of a scored shard; another choice needs no new scores: bilect select RUN --help",
     "training": "Training of the target in each round.",
+    "online": "Choice of tokens inside that training (BLADE), beside the choice of documents; method full: none.",
 }
 
 
@@ -47,6 +48,7 @@ def starting_values(pool: Sequence[str], upper: Sequence[str], heldout: Sequence
             "warmup": {"proxy": {"decay_steps": 0, "bf16": True}, "target": {"learning_rate": 3e-4, "bf16": True}},
             "selection": {"keep_ratio": 0.2},
             "training": {"learning_rate": 3e-4, "bf16": True},
+            "online": {"method": "full"},
             "rounds": 4,
         }
     training = {"batch_size": 16, "learning_rate": 2e-3}
@@ -60,6 +62,7 @@ def starting_values(pool: Sequence[str], upper: Sequence[str], heldout: Sequence
         "fit": {"steps": 80, "proxy_learning_rate": 5e-4, "score_learning_rate": 1e-3},
         "selection": {"keep_ratio": 0.2},
         "training": {**training, "steps": 120, "decay_steps": 20},
+        "online": {"method": "full"},
         "rounds": 1,
     }
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from bilect.config import Config
+from bilect.config import Config, Control
 from bilect.errors import BilectError
 from bilect.progress import Progress, SilentProgress
 from bilect.report import write_report
@@ -24,7 +24,7 @@ from bilect.stages import choosing, texts, training
 from bilect.stages.context import RunContext, target_folder
 from bilect.summary import summarise
 
-__all__ = ["Command", "Stage", "run", "stages", "states"]
+__all__ = ["Command", "Stage", "run", "stages", "states", "wanted", "with_arms"]
 
 Command = Literal["warmup", "fit", "score", "select", "train", "eval", "run"]
 
@@ -102,6 +102,8 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
         for arm in arms:
             after = [f"round {n}: select", ready[arm]] if arm == "bliss" else [ready[arm]]
             kept = [split, settings["training"], settings["selection"]]
+            if (online := config.online_of(arm)) is not None:
+                kept, after = [*kept, online.model_dump(), upper], [*after, "tokenise targets"]
             add("train", n, f"train {arm}", training.train_arm, kept, after, number=n, arm=arm)
             ready[arm] = plan[-1].name
             after = ["tokenise targets", ready[arm]]
@@ -119,6 +121,7 @@ def run(
     *,
     command: Command = "run",
     number: int | None = None,
+    arms: Sequence[Control] = (),
 ) -> dict[str, Any]:
     """Carry out a run, or what is left of it, and return its summary.
 
@@ -128,6 +131,7 @@ def run(
         progress: what the reader sees; nothing by default.
         command: "run" for everything; otherwise only the stages of this command in one round, and what they need.
         number: the round; by default the first whose target is not trained yet (for "eval": the last that is).
+        arms: with "train": only these controls, which then need not be among the config's, and their evaluation.
 
     Returns:
         The summary; of a part of a run, the records of its stages by name.
@@ -137,25 +141,28 @@ def run(
     """
     distributed.start()
     main = distributed.is_main()
+    config = with_arms(config, arms)
     out = out.resolve()
     context = RunContext(out, config, progress if progress is not None and main else SilentProgress())
     inputs = texts.input_hashes(context)
     with locked(out) if main else nullcontext():
         directory = RunDir(out, config.seed, main=main, barrier=distributed.barrier)
         directory.manifest["inputs"] = inputs
-        return _carry_out(context, directory, command, number)
+        return _carry_out(context, directory, command, number, arms)
 
 
-def _carry_out(context: RunContext, directory: RunDir, command: Command, number: int | None) -> dict[str, Any]:
+def _carry_out(
+    context: RunContext, directory: RunDir, command: Command, number: int | None, arms: Sequence[Control]
+) -> dict[str, Any]:
     config, out, main, inputs = context.config, context.root, distributed.is_main(), directory.manifest["inputs"]
     if main:
         write_text(out / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     plan = stages(context, inputs)
     if command != "run":
-        wanted = _wanted(plan, states(plan, directory.manifest), command, number)
-        records = {s.name: directory.stage(s.name, s.action, settings=s.settings, after=s.after) for s in wanted}
+        chosen = wanted(plan, states(plan, directory.manifest), command, number, arms)
+        records = {s.name: directory.stage(s.name, s.action, settings=s.settings, after=s.after) for s in chosen}
         directory.save()
-        return {s.name: records[s.name] for s in wanted}
+        return {s.name: records[s.name] for s in chosen}
     for s in plan:
         directory.stage(s.name, s.action, settings=s.settings, after=s.after)
     directory.finish()
@@ -176,16 +183,25 @@ def states(plan: Sequence[Stage], manifest: Mapping[str, Any]) -> dict[str, bool
     return done
 
 
-def _wanted(plan: Sequence[Stage], done: Mapping[str, bool], command: Command, number: int | None) -> list[Stage]:
+def with_arms(config: Config, arms: Sequence[Control]) -> Config:
+    """The config with further controls."""
+    return config.model_copy(update={"controls": tuple(dict.fromkeys([*config.controls, *arms]))})
+
+
+def wanted(
+    plan: Sequence[Stage], done: Mapping[str, bool], command: Command, number: int | None, arms: Sequence[Control]
+) -> list[Stage]:
     """The stages of a command in one round, with everything that they need, in order."""
     rounds = max(s.round for s in plan)
     if number is None:
-        trained = [n for n in range(1, rounds + 1) if done[f"round {n}: train bliss"]]
+        trained = [n for n in range(1, rounds + 1) if all(done[f"round {n}: train {a}"] for a in arms or ("bliss",))]
         current = min(max(trained, default=0) + 1, rounds)
         number = max(trained, default=current) if command == "eval" else current
     if not 1 <= number <= rounds:
         raise BilectError(f"round {number}: the config has rounds 1 to {rounds}")
     names = {s.name for s in plan if s.command == command and s.round in (0, number)}
+    if arms:
+        names = {f"round {number}: {what} {arm}" for what in ("train", "evaluate") for arm in arms} | {"evaluate warm"}
     for s in reversed(plan):
         if s.name in names:
             names |= set(s.after)

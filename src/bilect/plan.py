@@ -6,6 +6,7 @@ probe of one or two steps, and are right to about a factor of two.
 """
 
 import gzip
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ import torch
 import zstandard
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from bilect.bilevel.cost import fit_flops
-from bilect.config import Config, SourceConfig, TrainConfig
+from bilect.bilevel.cost import fit_flops, selecting_flops
+from bilect.config import Config, Control, SourceConfig, TrainConfig
 from bilect.data.documents import Document, bad_record, read_input
 from bilect.data.sources import Input, inputs
 from bilect.errors import BilectError, reason
@@ -28,7 +29,7 @@ from bilect.models.flops import forward_flops
 from bilect.models.loading import load_causal_lm, load_tokenizer, padded_vocabulary, train_tokenizer
 from bilect.models.presets import PRESETS
 from bilect.models.score_model import ScoreModel, ScoreModelConfig
-from bilect.pipeline import Stage, stages, states
+from bilect.pipeline import Stage, stages, states, wanted, with_arms
 from bilect.progress import SilentProgress
 from bilect.run_dir import read_manifest
 from bilect.runtime import distributed
@@ -73,20 +74,24 @@ class _Corpus:
         return self.tokens / max(self.documents, 1)
 
 
-def plan_run(config: Config, out: Path) -> list[PlannedStage]:
+def plan_run(config: Config, out: Path, arms: Sequence[Control] = ()) -> list[PlannedStage]:
     """The stages of a run with their costs; writes nothing.
 
     Args:
         config: of the run.
         out: the run directory; need not exist.
+        arms: only these controls, as in ``pipeline.run``.
 
     Raises:
         BilectError: input files or models are not there.
     """
+    config = with_arms(config, arms)
     context = RunContext(out.resolve(), config, SilentProgress())
     plan = stages(context, texts.input_hashes(context))
     manifest = read_manifest(out)
     done, records = states(plan, manifest), manifest["stages"]
+    if arms:
+        plan = wanted(plan, done, "train", None, arms)
     tokenise = _Tokeniser(config, out)
     data = config.data
     pool, upper = (
@@ -216,7 +221,8 @@ class _Costs:
             role = name.removeprefix("warm up ")
             return self._training(config.warmup.proxy if role == "proxy" else config.warmup.target, role)
         if name.startswith("train"):
-            return self._training(config.training, "target")
+            tokens, flops, model = self._training(config.training, "target")
+            return tokens, flops + self._selecting(name.removeprefix("train "), tokens), model
         if name == "fit":
             flops = fit_flops(
                 config.fit,
@@ -242,6 +248,25 @@ class _Costs:
         steps = settings.steps + (settings.decay_steps if role == "target" else 0)
         tokens = float(steps * settings.batch_size * self.config.data.context * distributed.world_size())
         return tokens, 3 * forward_flops(model, tokens, self.config.data.context), role
+
+    def _selecting(self, arm: str, tokens: float) -> float:
+        """What the choice of tokens adds to the training of an arm."""
+        online, settings, context = self.config.online_of(arm), self.config.training, self.config.data.context
+        if online is None:
+            return 0.0
+        every = online.sync_every if isinstance(online.sync_every, int) else min(online.sync_every.values())
+        batch_tokens = settings.batch_size // settings.gradient_accumulation * context * distributed.world_size()
+        synchronisations = math.ceil((settings.steps + settings.decay_steps) / every) if online.method == "blade" else 1
+        upper_tokens = online.upper_batch_size * distributed.world_size() * self.upper.length
+        return selecting_flops(
+            online,
+            self.target,
+            tokens=tokens,
+            context=context,
+            batch_tokens=batch_tokens,
+            upper_tokens=upper_tokens,
+            synchronisations=synchronisations if online.needs_upper_data else 0,
+        )
 
     def speed(self) -> dict[str, float]:
         """Operations per second that each model reaches in training, with random weights."""

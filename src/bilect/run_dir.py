@@ -253,9 +253,9 @@ class RunDir:
 
     @staticmethod
     def _is_result(path: Path, scratch: Path) -> bool:
-        """Whole folders are moved where they hold a stage's result; ``round-N`` and ``controls`` folders are shared."""
+        """Whole folders are moved where they hold a stage's result; ``round-N`` and ``controls/ARM`` are shared."""
         parts = path.relative_to(scratch).parts
-        depth = next((i for i, p in enumerate(parts) if not _shared(p)), len(parts))
+        depth = next((i for i, p in enumerate(parts) if not _shared(p) and parts[:i] != ("controls",)), len(parts))
         return len(parts) == depth + 1 and not parts[0].startswith(".")
 
     @staticmethod
@@ -280,7 +280,7 @@ def _folder_name(stage: str) -> str:
 
 
 def _shared(part: str) -> bool:
-    return part in ("controls", "random", "full", "warmup", "tokens") or part.startswith("round-")
+    return part in ("controls", "warmup", "tokens") or part.startswith("round-")
 
 
 def _now() -> str:

@@ -12,23 +12,36 @@ __all__ = ["plan_on_screen", "run_with_progress", "score_with_progress", "select
 
 
 def run_with_progress(
-    config_file: Path, out: Path, overrides: Sequence[str], *, command: str = "run", number: int | None = None
+    config_file: Path,
+    out: Path,
+    overrides: Sequence[str],
+    *,
+    command: str = "run",
+    number: int | None = None,
+    arms: Sequence[Any] = (),
 ) -> None:
     """``bilect run`` and its parts: read the config, then ``show_run``."""
-    show_run(load_config(config_file, overrides), out, command=command, number=number)
+    show_run(load_config(config_file, overrides), out, command=command, number=number, arms=arms)
 
 
-def show_run(config: Config, out: Path, *, command: Any = "run", number: int | None = None) -> dict[str, Any]:
+def show_run(
+    config: Config, out: Path, *, command: Any = "run", number: int | None = None, arms: Sequence[Any] = ()
+) -> dict[str, Any]:
     """Carry out a run, or one part of it, with live progress, and print its table."""
     with RichProgress() as progress:
         from transformers.utils import logging
 
         from bilect.pipeline import run
+        from bilect.runtime import distributed
 
         logging.disable_progress_bar()  # ours says more
-        summary = run(config, out, progress, command=command, number=number)
+        summary = run(config, out, progress, command=command, number=number, arms=arms)
+        if not distributed.is_main():
+            return summary
         if command != "run":
             progress.console.print(_stage_table(summary))
+            if arms:
+                progress.console.print(_method_table(summary, arms))
             progress.note(f"Results: {out}")
             return summary
         for role, reasons in summary.get("skipped", {}).items():
@@ -41,14 +54,14 @@ def show_run(config: Config, out: Path, *, command: Any = "run", number: int | N
     return summary
 
 
-def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str]) -> None:
+def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str], arms: Sequence[Any] = ()) -> None:
     """``--dry-run``: the stages, what is done, and what the rest costs."""
     from rich.console import Console
     from rich.table import Table
 
     from bilect.plan import plan_run
 
-    lines = plan_run(load_config(config_file, overrides), out)
+    lines = plan_run(load_config(config_file, overrides), out, arms)
     table = Table(title=f"Plan of {out}: nothing is written")
     for name in ("stage", "state", "tokens", "TFLOPs", "about"):
         table.add_column(name, justify="left" if name in ("stage", "state") else "right")
@@ -125,6 +138,22 @@ def _stage_table(records: Mapping[str, Any]) -> Any:
         table.add_row(
             name, f"{record.get('tokens', 0):,}", f"{record['seconds']:.1f}", f"{record.get('flops', 0) / 1e12:.2f}"
         )
+    return table
+
+
+def _method_table(records: Mapping[str, Any], arms: Sequence[str]) -> Any:
+    """What each way to choose tokens gained, and what it cost."""
+    from rich.table import Table
+
+    table = Table(title="Held-out loss at equal training tokens")
+    for name in ("method", "loss", "training tokens", "seconds", "TFLOPs"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    table.add_row("before", f"{records['evaluate warm']['heldout_loss']:.4f}", "", "", "")
+    for arm in dict.fromkeys(arms):
+        trained, evaluated = (next(r for name, r in records.items() if name.endswith(f": {what} {arm}"))
+                              for what in ("train", "evaluate"))  # fmt: skip
+        figures = f"{trained['tokens']:,}", f"{trained['seconds']:.0f}", f"{trained['flops'] / 1e12:.2f}"
+        table.add_row(arm, f"{evaluated['heldout_loss']:.4f}", *figures)
     return table
 
 

@@ -13,13 +13,22 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from bilect.data.batch import IGNORE
 from bilect.errors import BilectError
 from bilect.functional.losses import weighted_token_loss
+from bilect.integrations.trainer import BladeTrainer
 from bilect.models.causal_lm import CausalLM
 from bilect.progress import Task
 from bilect.run_dir import flush, write_text
 from bilect.runtime import distributed
 from bilect.runtime.checkpoints import all_finite, check_readable
 
-__all__ = ["FusedLoss", "NotANumberError", "OptimizerTrainer", "Watch", "forget_checkpoints", "newest_checkpoint"]
+__all__ = [
+    "FusedLoss",
+    "NotANumberError",
+    "OptimizerTrainer",
+    "SelectingTrainer",
+    "Watch",
+    "forget_checkpoints",
+    "newest_checkpoint",
+]
 
 WEIGHTS_FILE = "model.safetensors"
 COMPLETE = "complete"  # last file of a checkpoint
@@ -129,7 +138,7 @@ class Watch(TrainerCallback):
 
 
 class OptimizerTrainer(Trainer):
-    """A Trainer of a ``FusedLoss`` whose optimiser goes on from an earlier stage's state."""
+    """A Trainer of a ``FusedLoss``, or of a causal LM, whose optimiser goes on from an earlier stage's state."""
 
     optimizer_state: dict[str, Any] | None = None
 
@@ -148,10 +157,21 @@ class OptimizerTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_model(self.model.model, str(folder / WEIGHTS_FILE))
+            save_model(self._causal_lm, str(folder / WEIGHTS_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_model(self.model.model, Path(resume_from_checkpoint) / WEIGHTS_FILE, device=str(self.args.device))
+        load_model(self._causal_lm, Path(resume_from_checkpoint) / WEIGHTS_FILE, device=str(self.args.device))
+
+    @property
+    def _causal_lm(self) -> nn.Module:
+        return self.model.model if isinstance(self.model, FusedLoss) else self.model
+
+
+class SelectingTrainer(OptimizerTrainer, BladeTrainer):
+    """Trains the causal LM on the tokens that are chosen at every step; ``upper_dataset`` gives whole batches."""
+
+    def _upper_loader(self, dataset: Any) -> Any:
+        return dataset
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

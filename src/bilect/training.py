@@ -1,6 +1,8 @@
 """Plain language-model training through the transformers ``Trainer``, on packed windows, with a decay branch."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +11,46 @@ import torch
 import transformers
 from transformers import PreTrainedModel, TrainingArguments
 
+from bilect.bilevel.cost import selecting_flops
+from bilect.bilevel.online import OnlineTokenSelector
+from bilect.blade_config import BladeConfig
 from bilect.config import TrainConfig
-from bilect.data.loading import PackedWindows
+from bilect.data.loading import PackedWindows, UpperBatches
 from bilect.data.tokens import TokenStore
 from bilect.models.flops import forward_flops
 from bilect.progress import Task
+from bilect.run_dir import write_json
 from bilect.runtime import distributed
 from bilect.runtime.checkpoints import load_state
-from bilect.trainer import FusedLoss, NotANumberError, OptimizerTrainer, Watch, forget_checkpoints, newest_checkpoint
+from bilect.trainer import (
+    FusedLoss,
+    NotANumberError,
+    OptimizerTrainer,
+    SelectingTrainer,
+    Watch,
+    forget_checkpoints,
+    newest_checkpoint,
+)
 
-__all__ = ["NotANumberError", "forget_training", "train"]
+__all__ = ["NotANumberError", "Online", "forget_training", "train"]
 
 OPTIMIZER_FILE = "optimizer.pt"
+SELECTOR_FILE = "selector-{rank}.pt"
+
+
+@dataclass(frozen=True)
+class Online:
+    """Choice of tokens inside a training.
+
+    Attributes:
+        config: of the selection.
+        upper: the target set.
+        decode: text of a token, for the report.
+    """
+
+    config: BladeConfig
+    upper: UpperBatches
+    decode: Callable[[int], str]
 
 
 def train(
@@ -38,8 +68,11 @@ def train(
     decay: bool = False,
     device: torch.device | None = None,
     weight_R: np.ndarray | None = None,
+    online: Online | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` in place and, on the main rank, keep its optimiser state and its losses in ``folder``.
+
+    With ``online`` the state of the selection is kept too, by every rank, and goes on where the training does.
 
     Goes on from the checkpoint that an interrupted call has left in ``folder``, to the same result; ``forget_training``
     removes it once the result is kept.
@@ -48,7 +81,8 @@ def train(
         model: a causal LM.
         store: token rows.
         rows: documents to train on, packed in random order.
-        folder: gets ``optimizer.pt`` and ``training.jsonl``.
+        folder: gets ``optimizer.pt`` and ``training.jsonl``; with ``online`` also ``selector-RANK.pt`` and, of what the
+            selection did, ``online.json``.
         config: steps, schedule and so on.
         context: tokens per window.
         seed: of the order of documents.
@@ -59,6 +93,7 @@ def train(
         decay: the decay branch: ``decay_steps`` steps with a learning rate falling linearly to zero.
         device: where to train.
         weight_R: how often a pass has each row of the store; None: once.
+        online: choose tokens; None: learn all of them.
 
     Returns:
         ``tokens``, ``flops``, ``steps``, ``passes`` over the rows, and the last logged ``loss``.
@@ -71,7 +106,7 @@ def train(
     state_file = None if start_from is None else start_from / OPTIMIZER_FILE
     per_rank = config.batch_size // config.gradient_accumulation
     n_windows = steps * config.batch_size * distributed.world_size()
-    windows = PackedWindows(store, rows, context, n_windows, seed, weight_R)
+    windows = PackedWindows(store, rows, context, n_windows, seed, weight_R, label_sources=online is not None)
     warmup_steps = 0 if state_file is not None else int(config.warmup_ratio * steps)
     if decay:
         schedule = "linear"
@@ -108,13 +143,23 @@ def train(
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        trainer = OptimizerTrainer(
-            model=FusedLoss(model).train(), args=arguments, train_dataset=windows, callbacks=[Watch(task, model)]
-        )
+        common: dict[str, Any] = {"args": arguments, "train_dataset": windows, "callbacks": [Watch(task, model)]}
+        selector: OnlineTokenSelector | None = None
+        carried: dict[str, Any] = {}
+        if online is None:
+            trainer = OptimizerTrainer(model=FusedLoss(model).train(), **common)
+        else:
+            trainer = SelectingTrainer(model.train(), blade=online.config, upper_dataset=online.upper, **common)
+            selector = trainer.selector
         trainer.remove_callback(transformers.PrinterCallback)
+        remedy = "restore it, or start again in a new run directory"
         if state_file is not None and checkpoint is None:
-            remedy = "restore it, or start again in a new run directory"
             trainer.optimizer_state = load_state(state_file, remedy)
+        before = None if state_file is None else state_file.with_name(SELECTOR_FILE.format(rank=distributed.rank()))
+        if selector is not None and before is not None and before.is_file():
+            carried = load_state(before, remedy)
+            if checkpoint is None:
+                selector.load_state_dict(carried)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         model.eval()
@@ -127,9 +172,19 @@ def train(
         name = "decay.jsonl" if decay else "training.jsonl"
         (folder / name).write_text("".join(json.dumps(h) + "\n" for h in history), encoding="utf-8")
     tokens = n_windows * context
+    flops = 3 * forward_flops(model, tokens, context)
+    if online is not None and selector is not None:
+        if not decay:
+            torch.save(selector.state_dict(), folder / SELECTOR_FILE.format(rank=distributed.rank()))
+            if distributed.is_main():
+                write_json(folder / "online.json", _account(online, selector, windows.sources))
+        world = distributed.world_size()
+        made = selector.synchronisations - carried.get("synchroniser", {}).get("count", 0)
+        flops += selecting_flops(online.config, model, tokens=tokens, context=context, upper_tokens=online.upper.tokens,
+                                 batch_tokens=per_rank * context * world, synchronisations=made)  # fmt: skip
     return {
         "tokens": tokens,
-        "flops": 3 * forward_flops(model, tokens, context),
+        "flops": flops,
         "steps": steps,
         "passes": round(windows.passes, 3),
         "loss": history[-1]["loss"] if history else None,
@@ -142,6 +197,18 @@ def forget_training(folder: Path, *, decay: bool = False) -> None:
     forget_checkpoints(output)
     if distributed.is_main() and output.parent.is_dir() and not any(output.parent.iterdir()):
         output.parent.rmdir()
+
+
+def _account(online: Online, selector: OnlineTokenSelector, sources: list[str]) -> dict[str, Any]:
+    """What the selection did so far: its diagnostics, with names of sources and text of tokens."""
+
+    def entry(seen: dict[str, Any]) -> dict[str, Any]:
+        documents = [{"text": [online.decode(i) for i in d["tokens"]], "delta": d["delta"], "mask": d["mask"]}
+                     for d in seen["documents"]]  # fmt: skip
+        return {**seen, "sources": {sources[int(k)]: v for k, v in seen["sources"].items()}, "documents": documents}
+
+    settings = online.config.model_dump(include={"method", "keep_ratio", "sync_every", "reference_steps"})
+    return {**settings, "synchronisations": selector.synchronisations, "entries": [*map(entry, selector.diagnostics)]}
 
 
 def _trainer_folder(folder: Path, decay: bool) -> Path:

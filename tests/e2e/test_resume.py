@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from bilect.config import parse_config
@@ -45,6 +46,7 @@ def short_settings(corpus, **changes):
         part |= {"steps": 12, "decay_steps": 10}
     settings["warmup"]["proxy"]["decay_steps"] = 0
     settings["fit"] |= {"steps": 16, "hypergradient": "penalty", "sync_every": 5, "reference_steps": 2}
+    settings["online"] = {"sync_every": 5, "reference_steps": 3, "upper_batch_size": 2, "diagnose_every": 4}
     return settings
 
 
@@ -52,9 +54,18 @@ def results(out: Path):
     """Everything a run leaves but times and paths: numbers, chosen documents, and the bytes of weights and logs."""
     summary = json.loads((out / "summary.json").read_text())
     del summary["seconds"], summary["cost"]["seconds"]
-    files = [p for pattern in ("*.safetensors", "*.pt", "*.jsonl") for p in out.rglob(pattern)]
-    digests = {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    files = [p for pattern in ("*.safetensors", "*.pt", "*.jsonl", "online.json") for p in out.rglob(pattern)]
+    digests = {str(p.relative_to(out)): hashlib.sha256(_content(p)).hexdigest() for p in files}
     return summary, pq.read_table(out / "round-1" / "selected" / "kept.parquet")["doc_id"].to_pylist(), digests
+
+
+def _content(path: Path) -> bytes:
+    """Of a selection's state its values: how torch writes equal ones depends on which of them share memory."""
+    if not path.name.startswith("selector-"):
+        return path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    leaves, form = torch.utils._pytree.tree_flatten(state)
+    return repr((form, [x.tolist() if isinstance(x, torch.Tensor) else x for x in leaves])).encode()
 
 
 def test_a_run_killed_in_every_stage_ends_the_same(corpus, tmp_path):

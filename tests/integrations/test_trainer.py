@@ -123,12 +123,22 @@ def test_random_tokens(tmp_path: Path) -> None:
 
 
 def test_settings(tmp_path: Path) -> None:
-    assert BladeConfig(method="rho1", reference="x").selector_options()["sync_every"] is None
-    assert BladeConfig(reference_dtype="bfloat16").selector_options()["reference_dtype"] is torch.bfloat16
+    assert BladeConfig(method="rho1", reference="x").selector_options(0.1)["sync_every"] is None
+    assert BladeConfig(reference_dtype="bfloat16").selector_options(0.1)["reference_dtype"] is torch.bfloat16
+    assert BladeConfig().selector_options(0.1)["reference_learning_rate"] == 0.1  # that of the training
+    assert BladeConfig(reference_learning_rate=0.2).selector_options(0.1)["reference_learning_rate"] == 0.2
+    scheduled = BladeConfig(keep_ratio={0: 1, 5: 0.5, 9: 0.25}, sync_every={0: 2, 10: 4}).selector_options(0.1)
+    assert [scheduled["keep_ratio"](step) for step in (0, 4, 5, 8, 9, 100)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert [scheduled["sync_every"](step) for step in (0, 9, 10)] == [2, 2, 4]
+    given = BladeConfig(method="rho1", reference="x")
+    assert given.of("blade").reference is None and given.of("rho1").reference == "x"
+    assert BladeConfig(baseline="matched").of("rho1").baseline == "model"
     for wrong in (
         {"keep_ratio": 0},
         {"keep_ratio": 1.5},
         {"reference": "x"},
+        {"keep_ratio": {5: 0.5}},
+        {"sync_every": {0: 0}},
         {"method": "rho1", "baseline": "matched"},
     ):
         with pytest.raises(ValidationError):

@@ -1,11 +1,12 @@
-"""Floating-point operations of a bilevel fit, counted from what each step does."""
+"""Floating-point operations of a bilevel fit and of online selection, counted from what each step does."""
 
 from transformers import PreTrainedModel
 
+from bilect.blade_config import BladeConfig
 from bilect.config import FitConfig
 from bilect.models.flops import forward_flops
 
-__all__ = ["fit_flops"]
+__all__ = ["fit_flops", "selecting_flops"]
 
 
 def fit_flops(
@@ -44,3 +45,32 @@ def fit_flops(
         twin_step = kl + score + 3 * upper + 3 * lower * twins
         step += 2 * lower + config.reference_steps / config.sync_every * twin_step
     return config.steps * step
+
+
+def selecting_flops(
+    config: BladeConfig,
+    model: PreTrainedModel,
+    *,
+    tokens: float,
+    context: int,
+    batch_tokens: float,
+    upper_tokens: float,
+    synchronisations: float,
+) -> float:
+    """Operations that choosing tokens adds to a training: forward passes of the followers, and their own steps.
+
+    Args:
+        config: of the selection.
+        model: u.
+        tokens: trained on.
+        context: tokens of a sequence.
+        batch_tokens: of a training batch that a reference step learns from, all ranks.
+        upper_tokens: of an upper batch, all ranks.
+        synchronisations: how often w started from u.
+    """
+    if config.method not in ("blade", "rho1") or config.keep_ratio == 1:
+        return 0.0
+    twins = 2 if config.baseline == "matched" else 1
+    lower = batch_tokens if config.method == "blade" and config.penalty else 0.0
+    trained = synchronisations * config.reference_steps * (upper_tokens + twins * lower)
+    return forward_flops(model, tokens * twins + 3 * trained, context)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilect.bilevel.kernel import Kernel, agreeing_kernel, applies
 from bilect.data.batch import IGNORE
 from bilect.errors import BilectError
 from bilect.functional.losses import Head, token_losses, weighted_token_loss
@@ -140,6 +141,8 @@ class TokenForward:
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         self._work: Callable[[Tensor, Head], Tensor] | None = None
+        self._kernel: Kernel | None = None
+        self._kernel_known = False
         self._check(name)
 
     @property
@@ -150,7 +153,7 @@ class TokenForward:
     @torch.no_grad()
     def losses(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         """Cross-entropy of every learned token (N,), without gradient."""
-        loss_N = self._run(model, batch, lambda hidden, head: _all_losses(hidden, head, batch))
+        loss_N = self._run(model, batch, lambda hidden, head: self._all_losses(hidden, head, batch))
         distributed.reshard(self.base)
         torch.clear_autocast_cache()  # it now holds copies of the weights that no gradient would reach
         return loss_N
@@ -167,14 +170,29 @@ class TokenForward:
         def work(hidden_PD: Tensor, head: Head) -> Tensor:
             if callable(weight):
                 with torch.no_grad():
-                    weight_N = weight(_all_losses(hidden_PD, head, batch))
+                    weight_N = weight(self._all_losses(hidden_PD, head, batch))
             else:
                 weight_N = weight
             kept = torch.nonzero(weight_N)[:, 0]
-            hidden_KD = hidden_PD.index_select(0, batch.at_N[kept])
-            return weighted_token_loss(hidden_KD, head, batch.labels_N[kept], weight_N[kept])[0]
+            hidden_KD, labels_K = hidden_PD.index_select(0, batch.at_N[kept]), batch.labels_N[kept]
+            if (kernel := self._gpu_kernel(hidden_KD, head, labels_K)) is not None:
+                return torch.dot(weight_N[kept].float(), kernel(hidden_KD, head, labels_K))
+            return weighted_token_loss(hidden_KD, head, labels_K, weight_N[kept])[0]
 
         return self._run(model, batch, work)
+
+    def _all_losses(self, hidden_PD: Tensor, head: Head, batch: TokenBatch) -> Tensor:
+        hidden_ND = hidden_PD.index_select(0, batch.at_N)
+        if (kernel := self._gpu_kernel(hidden_ND, head, batch.labels_N)) is not None:
+            return kernel(hidden_ND, head, batch.labels_N)
+        return token_losses(hidden_ND, head, batch.labels_N).ce_N
+
+    def _gpu_kernel(self, hidden_ND: Tensor, head: Head, labels_N: Tensor) -> Kernel | None:
+        if not applies(hidden_ND, head):
+            return None
+        if not self._kernel_known:
+            self._kernel, self._kernel_known = agreeing_kernel(hidden_ND, head, labels_N), True
+        return self._kernel
 
     def _run(self, model: nn.Module, batch: TokenBatch, work: Callable[[Tensor, Head], Tensor]) -> Tensor:
         self._work = work
@@ -236,10 +254,6 @@ class TokenForward:
         pairs = ((seen["head input"], seen["hidden"]), (seen["head output"], seen["product"]), (ours, logits))
         if not all(_close(a, b) for a, b in pairs):
             raise BilectError(f"{name} transforms its logits in a way bilect does not know; use another model")
-
-
-def _all_losses(hidden_PD: Tensor, head: Head, batch: TokenBatch) -> Tensor:
-    return token_losses(hidden_PD.index_select(0, batch.at_N), head, batch.labels_N).ce_N
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -110,7 +110,7 @@ class SetStream(Iterator[Batch]):
     ) -> None:
         least = world_size() if len(stores) > 1 else 1
         if batch_size < least * len(stores):
-            raise BilectError(f"fit.upper_batch_size: {batch_size} documents are too few for {len(stores)} upper sets "
+            raise BilectError(f"upper_batch_size: {batch_size} documents are too few for {len(stores)} upper sets "
                               f"on {world_size()} ranks")  # fmt: skip
         sizes = _parts(batch_size, weights, least)
         self.pad_id = pad_id
@@ -137,6 +137,33 @@ class SetStream(Iterator[Batch]):
         """Go on from a position."""
         for number, stream in enumerate(self._streams):
             stream.load_state_dict(state[str(number)])
+
+
+class UpperBatches:
+    """Endless batches of upper sets in the convention of transformers, the same from the start in every pass.
+
+    Args:
+        stores: of the sets.
+        weights: of the sets.
+        batch_size: documents of the batch of all ranks; this rank has its part.
+        pad_id: padding token.
+        seed: of the shuffles; equal on all ranks.
+
+    Attributes:
+        tokens: of a batch, on average, padding not counted.
+    """
+
+    def __init__(
+        self, stores: Sequence[TokenStore], weights: Sequence[float], batch_size: int, pad_id: int, seed: int
+    ) -> None:
+        self._stream = lambda: SetStream(stores, weights, batch_size, pad_id, seed, torch.device("cpu"))
+        self.tokens = batch_size * self._stream().mean_length
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self._stream():
+            labels_BT = torch.full_like(batch.target_BT, IGNORE)
+            labels_BT[:, 1:] = batch.target_BT[:, :-1]
+            yield {"input_ids": batch.input_ids_BT, "labels": labels_BT, "attention_mask": batch.mask_BT}
 
 
 def _parts(total: int, weights: Sequence[float], least: int) -> list[int]:
@@ -178,9 +205,11 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
         n_windows: length of the dataset.
         seed: of the orders.
         weight_R: how often a pass has each row of the store, see ``one_pass``.
+        label_sources: say of each window, in ``source``, from which of ``sources`` most of it comes.
 
     Attributes:
         passes: over the rows, as many as it takes (with weights: on average).
+        sources: names of the documents' sources, where windows are labelled.
 
     Raises:
         BilectError: nothing to train on.
@@ -194,8 +223,14 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
         n_windows: int,
         seed: int,
         weight_R: np.ndarray | None = None,
+        label_sources: bool = False,
     ) -> None:
         self.store, self.context, self.n_windows = store, context, n_windows
+        self.sources, self._source_R = list[str](), np.empty(0, dtype=np.int32)
+        if label_sources:
+            names, code = np.unique(np.array(store.sources(rows), dtype=np.str_), return_inverse=True)
+            self.sources, self._source_R = names.tolist(), np.zeros(len(store), dtype=np.int32)
+            self._source_R[rows] = code
         generator = np.random.default_rng(seed)
         needed = n_windows * context
         length = store.length_R[rows]
@@ -218,7 +253,7 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
             raise IndexError(index)
         first = index * self.context
         last = first + self.context
-        ids, labels = [], []
+        ids, labels, parts = [], [], []
         k = int(np.searchsorted(self.ends, first, side="right"))
         while k < len(self.order) and self.ends[k] - self.store.length_R[self.order[k]] < last:
             row, n_given = self.store.row(self.order[k])
@@ -228,7 +263,11 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
             part = slice(max(first - begin, 0), max(last - begin, 0))
             ids.append(row[part])
             labels.append(learned[part])
+            parts.append(self.order[k])
             k += 1
         window = {"input_ids": torch.cat(ids), "labels": torch.cat(labels)}
         window["labels"][0] = IGNORE  # nothing precedes it
+        if self.sources:
+            longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+            window["source"] = torch.tensor(int(self._source_R[parts[longest]]))
         return window

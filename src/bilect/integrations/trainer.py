@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bilect.bilevel.online import OnlineTokenSelector
+from bilect.blade_config import BladeConfig
 from bilect.errors import BilectError
-from bilect.integrations.blade_config import BladeConfig
 from bilect.runtime import distributed
 
 __all__ = ["BladeConfig", "BladeTrainer"]
@@ -39,7 +39,7 @@ class BladeTrainer(Trainer):
         model: a causal LM.
         args: as for ``Trainer``. A column ``source`` for the diagnostics needs ``remove_unused_columns=False``.
         blade: the settings.
-        upper_dataset: examples of the target set, in the form of ``train_dataset``.
+        upper_dataset: examples of the target set, a ``torch.utils.data.Dataset`` in the form of ``train_dataset``.
         reference: a fixed reference, for method "rho1", or a function that makes one; see ``OnlineTokenSelector``.
         **kwargs: as for ``Trainer``.
 
@@ -56,7 +56,7 @@ class BladeTrainer(Trainer):
         args: TrainingArguments | None = None,
         *,
         blade: BladeConfig | None = None,
-        upper_dataset: Dataset[Any] | None = None,
+        upper_dataset: Any = None,
         reference: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -64,13 +64,13 @@ class BladeTrainer(Trainer):
         self.blade = BladeConfig() if blade is None else blade
         if self.blade.needs_upper_data and upper_dataset is None and reference is None:
             raise BilectError(f"method {self.blade.method} trains its reference on the target set: give upper_dataset")
-        options = self.blade.selector_options()
+        options = self.blade.selector_options(self.args.learning_rate)
         if reference is not None:
             options["reference"] = reference
         self.selector = OnlineTokenSelector(self.model, self._upper_loader(upper_dataset), **options)
         self.add_callback(_Steps(self.selector))
 
-    def _upper_loader(self, dataset: Dataset[Any] | None) -> Iterable[Any] | None:
+    def _upper_loader(self, dataset: Any) -> Iterable[Any] | None:
         if dataset is None:
             return None
         sampler: Any = None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from bilect import evaluation
 from bilect.config import TrainConfig
+from bilect.data.loading import UpperBatches
 from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
 from bilect.export import kept_ids
@@ -22,7 +23,7 @@ from bilect.run_dir import derive_seed, write_json
 from bilect.runtime import distributed
 from bilect.stages.context import Figures, RunContext, target_folder
 from bilect.stages.last_good import keep_last_good
-from bilect.training import NotANumberError, forget_training, train
+from bilect.training import NotANumberError, Online, forget_training, train
 
 __all__ = ["PROBE_DOCUMENTS", "evaluate", "fidelity", "publish", "train_arm", "warm_up"]
 
@@ -59,7 +60,18 @@ def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
     before, settings = run.root / target_folder(arm, number - 1), run.config.training
     labels = ("train", number)
     return _train(run, model, pool, rows, scratch, out, settings, title, labels, decayed=True, start_from=before,
-                  weight_R=pool.weight_R if arm == "full" else None)  # fmt: skip
+                  weight_R=None if arm in ("bliss", "random") else pool.weight_R, online=_online(run, arm))  # fmt: skip
+
+
+def _online(run: RunContext, arm: str) -> Online | None:
+    config = run.config.online_of(arm)
+    if config is None:
+        return None
+    config = config.model_copy(update={"seed": derive_seed(run.config.seed, "online", config.seed)})
+    sets, size = run.upper_sets(), config.upper_batch_size * distributed.world_size()
+    seed = derive_seed(run.config.seed, "online upper")
+    upper = UpperBatches([s for _, _, s in sets], [w for _, w, _ in sets], size, run.pad_id, seed)
+    return Online(config, upper, lambda token: str(run.tokenizer.decode([token])))
 
 
 def evaluate(run: RunContext, scratch: Path, folder: str) -> Figures:
@@ -77,7 +89,8 @@ def evaluate(run: RunContext, scratch: Path, folder: str) -> Figures:
             flops, tokens = flops + forward_flops(model, n_tokens, n_tokens / len(store)), tokens + n_tokens
             task.advance(1, heldout_loss=results[name]["loss"])
     write_json((scratch / folder).with_name("eval.json"), results)
-    return {"flops": flops, "tokens": tokens}
+    loss = sum(r["loss"] for r in results.values()) / len(results)
+    return {"flops": flops, "tokens": tokens, "heldout_loss": loss}
 
 
 def fidelity(run: RunContext, scratch: Path, number: int) -> Figures:
@@ -133,7 +146,7 @@ def publish(run: RunContext, scratch: Path) -> Figures:
 
 def _rows_of(run: RunContext, arm: str, number: int, pool: TokenStore) -> np.ndarray:
     shard = run.shard(number, len(pool))
-    if arm == "full":
+    if arm not in ("bliss", "random"):
         return shard
     if arm == "bliss":
         ids = set(kept_ids(run.root / f"round-{number}" / "selected"))
@@ -162,6 +175,7 @@ def _train(
     decayed: bool,
     start_from: Path | None = None,
     weight_R: np.ndarray | None = None,
+    online: Online | None = None,
 ) -> Figures:
     """Train, then the decay branch; a restart goes on in whichever of the two it was."""
     context, seed = run.config.data.context, derive_seed(run.config.seed, *labels)
@@ -170,7 +184,7 @@ def _train(
     out.mkdir(parents=True, exist_ok=True)
     common: dict[str, Any] = {
         "context": context, "device": run.device, "checkpoint_every": run.config.checkpoint_every,
-        "weight_R": weight_R,
+        "weight_R": weight_R, "online": online,
     }  # fmt: skip
     try:
         with run.progress.task(name, settings.steps + decay_steps) as task:

@@ -1,14 +1,19 @@
 """The settings of online token selection, for files and command lines."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["BladeConfig", "Method"]
 
 Method = Literal["blade", "rho1", "random-token", "full"]
+Number = TypeVar("Number", int, float)
 Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Step = Annotated[int, Field(ge=0)]
 
 
 class BladeConfig(BaseModel):
@@ -21,8 +26,12 @@ class BladeConfig(BaseModel):
         description="blade; rho1: a fixed reference, given or trained once on upper data alone; the controls "
         "random-token and full",
     )
-    keep_ratio: Annotated[float, Field(gt=0, le=1)] = Field(0.6, description="fraction of the tokens kept (paper: 0.6)")
-    sync_every: Positive = Field(1000, description="T, steps between synchronisations (paper: 500 to 2000 all alike)")
+    keep_ratio: Fraction | dict[Step, Fraction] = Field(
+        0.6, description="fraction of the tokens kept (paper: 0.6); {0: 1.0, 500: 0.6} holds each from its step on"
+    )
+    sync_every: Positive | dict[Step, Positive] = Field(
+        1000, description="T, steps between synchronisations (paper: 500 to 2000 all alike); or by step, as keep_ratio"
+    )
     reference_steps: Positive = Field(300, description="K, steps of the reference at each synchronisation (paper: 300)")
     penalty: NonNegative = Field(1.0, description="lambda, weight of the training loss in the reference's objective")
     granularity: Literal["token", "sequence"] = Field("token", description="what is kept or left out")
@@ -32,8 +41,8 @@ class BladeConfig(BaseModel):
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps with the full loss before the first choice")
     reference: str | None = Field(None, description="rho1: directory or Hub name of the fixed reference")
-    reference_learning_rate: Annotated[float, Field(gt=0)] = Field(
-        5e-5, description="of the reference's AdamW; the model's own, or less"
+    reference_learning_rate: PositiveFloat | None = Field(
+        None, description="of the reference's AdamW; None: that of the training"
     )
     reference_dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="of the frozen reference; None: the model's"
@@ -49,18 +58,32 @@ class BladeConfig(BaseModel):
             raise ValueError("baseline: matched needs synchronisations, which rho1 has not")
         if self.reference is not None and self.method != "rho1":
             raise ValueError("reference: only rho1 has a given reference")
+        for name in ("keep_ratio", "sync_every"):
+            schedule = getattr(self, name)
+            if isinstance(schedule, dict) and 0 not in schedule:
+                raise ValueError(f"{name}: the schedule says nothing of step 0")
         return self
 
     @property
     def needs_upper_data(self) -> bool:
         """Whether a reference is trained."""
-        return self.method in ("blade", "rho1") and self.reference is None and self.keep_ratio < 1
+        return self.method in ("blade", "rho1") and self.reference is None and self.keep_ratio != 1
 
-    def selector_options(self) -> dict[str, Any]:
-        """Keyword arguments of ``OnlineTokenSelector``."""
+    def of(self, method: Method) -> "BladeConfig":
+        """The same settings under another method, less those that it has no use for."""
+        unused: dict[str, Any] = {"baseline": "model"} if method == "rho1" else {"reference": None}
+        return self.model_copy(update={"method": method, **unused})
+
+    def selector_options(self, learning_rate: float) -> dict[str, Any]:
+        """Keyword arguments of ``OnlineTokenSelector``, given the learning rate of the training."""
         import torch
 
         options = self.model_dump(exclude={"method", "upper_batch_size"})
+        for name in ("keep_ratio", "sync_every"):
+            if isinstance(options[name], dict):
+                options[name] = _held(options[name])
+        if self.reference_learning_rate is None:
+            options["reference_learning_rate"] = learning_rate
         if self.reference_dtype is not None:
             options["reference_dtype"] = getattr(torch, self.reference_dtype)
         if self.method == "full":
@@ -71,3 +94,8 @@ class BladeConfig(BaseModel):
             options["sync_every"] = None
             options["penalty"] = 0.0
         return options
+
+
+def _held(schedule: Mapping[int, Number]) -> Callable[[int], Number]:
+    """The value of the greatest step that is not after the asked one."""
+    return lambda step: schedule[max(s for s in schedule if s <= step)]
