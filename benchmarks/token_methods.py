@@ -69,7 +69,7 @@ def main() -> None:
     report(args)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(need_out: bool = True) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pool", required=True, help="documents to train on")
     parser.add_argument("--upper", help="the target set")
@@ -77,7 +77,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="directory, Hub name or file; default: the model's, or one trained here")
     parser.add_argument("--vocabulary", type=int, default=4096, help="of a tokenizer that is trained here")
     parser.add_argument("--model", default="pythia-70m", help="preset (then warmed up) or pretrained model (then not)")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=need_out)
+    parser.add_argument("--figures", type=Path, help="folder for plots of what the selections did, first seed")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep-ratio", type=float, nargs="+", default=[0.6])
@@ -286,7 +287,24 @@ def report(args: argparse.Namespace) -> None:
         table.add_row(method, f"{keep_ratio}", f"{sync_every or ''}", f"{len(group)}", f"{row['loss']:.4f}",
                       f"{gain} ± {half:.3f}", flops, seconds)  # fmt: skip
     Console(width=120).print(table)
+    if args.figures:
+        draw(args.figures, [r for r in runs if r["seed"] == 0])
     print(json.dumps({"runs": figures}))
+
+
+def draw(folder: Path, runs: list[dict[str, Any]]) -> None:
+    """What the selections did over the steps: the figures of a run's report, for all methods at once."""
+    from bilect.report import tokens
+
+    shown = {}
+    for r in runs:
+        name = f"{r['method']} {r['keep_ratio']} {r['sync_every'] or ''}".strip()
+        shown[name] = {"method": r["method"].removesuffix("-matched"), "entries": r["diagnostics"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("delta", "distance", "choice"):
+        figure = getattr(tokens, f"{name}_figure")(shown)
+        if figure:
+            (folder / f"{name}.svg").write_text(figure.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
 
 
 if __name__ == "__main__":

@@ -207,8 +207,13 @@ def _account(online: Online, selector: OnlineTokenSelector, sources: list[str]) 
                      for d in seen["documents"]]  # fmt: skip
         return {**seen, "sources": {sources[int(k)]: v for k, v in seen["sources"].items()}, "documents": documents}
 
-    settings = online.config.model_dump(include={"method", "keep_ratio", "sync_every", "reference_steps"})
-    return {**settings, "synchronisations": selector.synchronisations, "entries": [*map(entry, selector.diagnostics)]}
+    used = {"method", "keep_ratio", *(["reference_steps"] if online.config.needs_upper_data else []),
+            *(["sync_every"] if online.config.method == "blade" else [])}  # fmt: skip
+    return {
+        **online.config.model_dump(include=used),
+        "synchronisations": selector.synchronisations,
+        "entries": [*map(entry, selector.diagnostics)],
+    }
 
 
 def _trainer_folder(folder: Path, decay: bool) -> Path:

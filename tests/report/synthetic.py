@@ -1,4 +1,4 @@
-"""A small run directory with every file the report reads, made up from a fixed seed."""
+"""Run directories with every file the report reads, made up from a fixed seed."""
 
 from __future__ import annotations
 
@@ -130,4 +130,64 @@ def write_run(folder: Path, rounds: int = 2) -> Path:
         worst = [{**document, "doc_id": f"w{i}", "score": 0.02 + i / 100, "source": names[-1]} for i in range(4)]
         worst[0] |= {"text": HOSTILE, "source": names[2], "doc_id": "<w0>"}
         (here / "extremes.json").write_text(json.dumps({"best": best, "worst": worst}))
+    return folder
+
+
+def online(method: str, **changes: Any) -> dict[str, Any]:
+    """The content of an online.json: ten entries, synchronised every 100 steps where the method is `blade`."""
+    if method == "random-token":
+        stated = {"sync_every": None, "reference_steps": 0, "synchronisations": 0, "entries": _random(_entries(False))}
+    elif method == "rho1":
+        stated = {"sync_every": None, "reference_steps": 90, "synchronisations": 1, "entries": _entries(False)}
+    else:
+        stated = {"sync_every": 100, "reference_steps": 30, "synchronisations": 3, "entries": _entries(True)}
+    return {"method": method, "keep_ratio": 0.6, **stated, **changes}
+
+
+def _entries(synchronised: bool) -> list[dict[str, Any]]:
+    words = ["The", " river", " rose", " over", " its", " banks", ".\n", "<i>", "no", "</i>", " & so", " on"] * 8
+    rows = []
+    for i in range(10):
+        age = i % 3 if synchronised else i
+        middle = -0.05 - 0.04 * age
+        delta = {str(q): round(middle + 0.9 * (q - 0.5), 4) for q in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)}
+        documents = []
+        for d in range(2):
+            each = [None, *(round(middle + 0.5 * float(np.sin(1.7 * t + d + i)), 4) for t in range(1, len(words)))]
+            mask = [x is not None and x > middle - 0.1 for x in each]
+            documents.append({"text": words, "delta": each, "mask": mask})
+        rows.append(
+            {
+                "step": 30 * i,
+                "kept": 0.6,
+                "delta": delta,
+                "share_positive": round(0.48 - 0.04 * age, 4),
+                "distance_reference": 1.2 + 0.3 * age,
+                "distance_last_sync": 0.3 + 0.3 * age,
+                "sources": {"books": {"tokens": 512, "kept": 0.5 + 0.01 * i}, "web <b>": {"tokens": 256, "kept": 0.7}},
+                "agreement": None if i == 0 else 0.83 - 0.01 * i,
+                "oracle_loss": {"selected": 3.1 - 0.02 * i, "all": 3.4 - 0.02 * i},
+                "documents": documents,
+            }
+        )
+    return rows
+
+
+def _random(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As a random selection records them: Delta is the uniform numbers it chose by, and there is no reference."""
+    for row in rows:
+        row |= {"delta": {q: float(q) for q in row["delta"]}, "share_positive": 1.0, "agreement": None}
+        del row["distance_reference"], row["distance_last_sync"], row["oracle_loss"]
+        for document in row["documents"]:
+            document["delta"] = [None, *(0.37 for _ in document["delta"][1:])]
+    return rows
+
+
+def write_online(folder: Path, rounds: int = 1) -> Path:
+    """Write every arm's online.json of each round into the run directory `folder` and return it."""
+    for r in range(1, rounds + 1):
+        for arm in ("bliss", "random-token", "rho1", "blade"):
+            here = folder / ("" if arm == "bliss" else f"controls/{arm}") / f"round-{r}" / "target"
+            here.mkdir(parents=True)
+            (here / "online.json").write_text(json.dumps(online("blade" if arm == "bliss" else arm)))
     return folder

@@ -85,7 +85,7 @@ def _column(files: RoundFiles, key: str) -> FloatArray:
 def _curve(axes: Axes, x: FloatArray, y: FloatArray, log: bool) -> int:
     """One round's curve: the raw values faint, a running mean on top, or dots where values are sparse. Points drawn."""
     there = np.isfinite(y) & ((y > 0) | (not log))
-    x, y = _thin(x[there], y[there])
+    x, y = thin(x[there], y[there])
     if len(y) and there.mean() < 0.6:
         axes.plot(x, y, ".", markersize=4, color=COLOURS["ours"], linestyle="-", linewidth=0.7)
     elif len(y):
@@ -100,16 +100,16 @@ def _score_band(axes: Axes, x: FloatArray, files: RoundFiles) -> int:
     for bottom, top, alpha in ((low, high, 0.16), (mean - std, mean + std, 0.34)):
         there = np.isfinite(bottom) & np.isfinite(top)
         if there.any():
-            thin_x, thin_bottom = _thin(x[there], bottom[there])
+            thin_x, thin_bottom = thin(x[there], bottom[there])
             axes.fill_between(
-                thin_x, thin_bottom, _thin(x[there], top[there])[1], color=COLOURS["ours"], alpha=alpha, linewidth=0
+                thin_x, thin_bottom, thin(x[there], top[there])[1], color=COLOURS["ours"], alpha=alpha, linewidth=0
             )
     there = np.isfinite(mean)
-    axes.plot(*_thin(x[there], mean[there]), color=COLOURS["ours"], linewidth=1.5)
+    axes.plot(*thin(x[there], mean[there]), color=COLOURS["ours"], linewidth=1.5)
     return int(there.sum())
 
 
-def _thin(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
+def thin(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
     """At most MAX_POINTS points, each the mean of its neighbours."""
     if len(x) <= MAX_POINTS:
         return x, y

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_SETS = 12
-LONG_ARMS = {"warm": "warm start", "bliss": "bilect (BLISS)", "random": "random", "full": "full pool"}
+LONG_ARMS = {
+    "warm": "warm start",
+    "bliss": "bilect (BLISS)",
+    "blade": "BLADE tokens",
+    "rho1": "RHO-1",
+    "random-token": "random tokens",
+    "random": "random",
+    "full": "full pool",
+}
 
 
 def arms_figure(losses: Mapping[str, float], by_set: Mapping[str, float]) -> str:

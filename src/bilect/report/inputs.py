@@ -26,6 +26,14 @@ class RoundFiles:
 
 
 @dataclass(frozen=True)
+class OnlineFile:
+    """What online token selection recorded while an arm trained: its last round that has an `online.json`."""
+
+    round: int
+    content: Json
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """A whole run directory. `missing` maps a file's path inside it to what is wrong with it."""
 
@@ -34,6 +42,7 @@ class RunFiles:
     run: Json
     summary: Json
     rounds: list[RoundFiles]
+    online: dict[str, OnlineFile]
     missing: dict[str, str] = field(default_factory=dict)
 
 
@@ -85,7 +94,12 @@ def read_run(run_dir: Path) -> RunFiles:
     if not folders:
         missing["round-1/"] = "not found"
     rounds = [_round(run_dir, n, folder.name, missing) for n, folder in folders]
-    return RunFiles(str(run.get("name") or run_dir.resolve().name), config, run, summary, rounds, missing)
+    online = {
+        arm: file
+        for arm, folder in {"bliss": run_dir, **_control_folders(run_dir)}.items()
+        if (file := _online(run_dir, folder, missing)) is not None
+    }
+    return RunFiles(str(run.get("name") or run_dir.resolve().name), config, run, summary, rounds, online, missing)
 
 
 def _round_folders(run_dir: Path) -> Iterable[tuple[int, Path]]:
@@ -93,6 +107,24 @@ def _round_folders(run_dir: Path) -> Iterable[tuple[int, Path]]:
         suffix = folder.name.removeprefix("round-")
         if folder.is_dir() and suffix.isascii() and suffix.isdigit():
             yield int(suffix), folder
+
+
+def _control_folders(run_dir: Path) -> dict[str, Path]:
+    return {folder.name: folder for folder in sorted((run_dir / "controls").glob("*")) if folder.is_dir()}
+
+
+def _online(run_dir: Path, arm_folder: Path, missing: dict[str, str]) -> OnlineFile | None:
+    """The newest readable `online.json` of an arm. Only some arms have one: its absence is no gap."""
+    for n, folder in sorted(_round_folders(arm_folder), reverse=True):
+        path = folder / "target" / "online.json"
+        if not path.is_file():
+            continue
+        name = path.relative_to(run_dir).as_posix()
+        content = mapping(_json(run_dir, name, missing))
+        if content:
+            return OnlineFile(n, content)
+        missing.setdefault(name, "holds nothing")
+    return None
 
 
 def _round(run_dir: Path, n: int, folder: str, missing: dict[str, str]) -> RoundFiles:

@@ -11,10 +11,11 @@ from typing import Any
 from bilect.report import figures, wording
 from bilect.report.curves import learning_figure
 from bilect.report.inputs import Json, RunFiles, flat_numbers, mapping, number, numbers, objects, read_run
+from bilect.report.tokens import choice_figure, delta_figure, distance_figure, settings, source_rows, token_views
 
 FILE_NAME = "report.html"
 TEXT_LIMIT = 4000  # characters of a document shown
-ARM_ORDER = ("bliss", "random", "full", "warm")
+ARM_ORDER = ("bliss", "blade", "rho1", "random-token", "random", "full", "warm")
 
 
 def write_page(run_dir: Path) -> Path:
@@ -63,6 +64,7 @@ def render(run: RunFiles) -> str:
         learning_missing=_gaps(run, r"round-\d+/(metrics\.jsonl)?$"),
         fidelity=objects(run.summary.get("fidelity")),
         fidelity_sentence=wording.fidelity(objects(run.summary.get("fidelity"))),
+        tokens=_tokens(run),
         cost=_cost(run),
         documents=_documents(run),
         origin=_origin(run),
@@ -169,6 +171,23 @@ def _scores(run: RunFiles) -> Json:
     return {"rounds": shown[::-1], "missing": _gaps(run, r"round-\d+/(scores/)?$")}
 
 
+def _tokens(run: RunFiles) -> Json | None:
+    """Online token selection; None where no arm used it."""
+    gaps = _gaps(run, r".*/target/online\.json$")
+    if not run.online and not gaps:
+        return None
+    runs = {arm: run.online[arm].content for arm in _ordered(run.online)}
+    return {
+        "settings": [{**row, "round": run.online[row["arm"]].round} for row in settings(runs)],
+        "delta": delta_figure(runs),
+        "distance": distance_figure(runs),
+        "choice": choice_figure(runs),
+        "sources": source_rows(runs),
+        "views": token_views(runs),
+        "missing": gaps,
+    }
+
+
 def _cost(run: RunFiles) -> Json:
     stages = {name: mapping(item) for name, item in mapping(run.run.get("stages")).items()}
     values: dict[str, dict[str, float]] = {}
@@ -213,21 +232,16 @@ def _documents(run: RunFiles) -> Json:
 def _document(row: Json) -> Json:
     raw = row.get("text")
     text = raw if isinstance(raw, str) else ""
-    lead = " ".join(_visible(text[:600]).split())
+    lead = " ".join(wording.visible(text[:600]).split())
     return {
         "doc_id": row.get("doc_id", wording.DASH),
         "source": row.get("source") or "(no source)",
         "n_tokens": row.get("n_tokens"),
         "score": row.get("score"),
         "lead": lead[:110] + ("…" if len(lead) > 110 else ""),
-        "text": re.sub(r"[^\S\n\t]+\n", "\n", _visible(text[:TEXT_LIMIT])),
+        "text": re.sub(r"[^\S\n\t]+\n", "\n", wording.visible(text[:TEXT_LIMIT])),
         "cut": max(len(text) - TEXT_LIMIT, 0),
     }
-
-
-def _visible(text: str) -> str:
-    """Control characters as a visible sign: they have no place in HTML."""
-    return "".join(c if c.isprintable() or c in "\n\t\u00a0\u200b" else "\ufffd" for c in text.replace("\r\n", "\n"))
 
 
 def _origin(run: RunFiles) -> Json:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colour-blind-safe hues. Each is written into the page as `var(--name, colour)`, so the page's style
-# sheet decides what it looks like by day, by night and on paper.
+# Okabe and Ito's colour-blind-safe hues; for the token arms Tol's wine and indigo, and a brown. Each is written into
+# the page as `var(--name, colour)`, so the page's style sheet decides what it looks like by day, by night and on paper.
 COLOURS = {
     "ink": "#1c2127",
     "muted": "#646c76",
@@ -24,6 +24,9 @@ COLOURS = {
     "random": "#e08a00",
     "warm": "#8f97a0",
     "full": "#009e73",
+    "blade": "#882255",
+    "rho1": "#332288",
+    "random-token": "#6b4226",
     "worse": "#d55e00",
     "pool": "#c3c9d1",
 }

@@ -76,6 +76,11 @@ def tokens_of(arm: str, tokens: object) -> float | None:
     return None
 
 
+def visible(text: str) -> str:
+    """Control characters as a visible sign: they have no place in HTML."""
+    return "".join(c if c.isprintable() or c in "\n\t\u00a0\u200b" else "\ufffd" for c in text.replace("\r\n", "\n"))
+
+
 def verdict(losses: Mapping[str, float], tokens: Json) -> tuple[str, str]:
     """(better | worse | equal | unknown, the sentence): bilect's held-out loss against random selection's."""
     if "bliss" not in losses or "random" not in losses:
