@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bilect import selection_order
 from bilect.config import SelectionConfig
 from bilect.errors import BilectError
-from bilect.selection import BELOW_THE_CUT, SOURCE_FULL, select
+from bilect.selection import BELOW_THE_CUT, NEAR_DUPLICATE, SOURCE_FULL, select
 
 
 def write(folder, rows, files=2):
@@ -37,6 +37,14 @@ def read(folder):
     return tuple(pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("kept", "dropped"))
 
 
+def write_clusters(file, cluster_of):
+    """In the format of ``cluster_file``; documents without a cluster are not in it."""
+    rows = sorted((doc_id, cluster) for doc_id, cluster in cluster_of.items() if cluster is not None)
+    doc_ids, clusters = pa.array([r[0] for r in rows], pa.string()), pa.array([r[1] for r in rows], pa.int32())
+    pq.write_table(pa.table({"doc_id": doc_ids, "cluster": clusters}), file)
+    return file
+
+
 def ids(folder):
     return [r["doc_id"] for r in read(folder)[0]]
 
@@ -49,16 +57,23 @@ def key(row, temperature, seed):
     return float(np.float32(row[3] - temperature * math.log(-math.log(uniform))))
 
 
-def expected(rows, config, seed=0):
+def expected(rows, config, seed=0, cluster_of=None):
     """(row, rank, reason or None) in order of rank."""
+    cluster_of, members = cluster_of or {}, {}
     ranked = sorted(rows, key=lambda r: (-key(r, config.temperature, seed), r[0]))
     size = (lambda r: 1) if config.top_k else (lambda r: r[2])
     if config.keep_ratio is not None:
         budget = config.keep_ratio * sum(r[2] for r in rows)
     else:
         budget = config.top_k or config.budget_tokens
-    reserved, eligible, counted = [], [], {}
+    reserved, eligible, counted, reasons = [], [], {}, {}
     for r in ranked:
+        if (cluster := cluster_of.get(r[0])) is not None and config.max_per_cluster is not None:
+            better = members.setdefault(cluster, [])
+            better.append(r[0])
+            if len(better) > config.max_per_cluster:
+                reasons[r[0]] = f"{NEAR_DUPLICATE} {better[0]}"
+                continue
         before = counted.get(r[1], 0)
         counted[r[1]] = before + size(r)
         most = config.max_share.get(r[1], config.max_share.get("*"))
@@ -74,7 +89,8 @@ def expected(rows, config, seed=0):
     out, cut = [], False
     for rank, r in enumerate(ranked, 1):
         cut = cut or (r in eligible and r not in taken)
-        out.append((r, rank, None if r in taken else BELOW_THE_CUT if cut else SOURCE_FULL))
+        why = reasons.get(r[0]) or (BELOW_THE_CUT if cut else SOURCE_FULL)
+        out.append((r, rank, None if r in taken else why))
     return out
 
 
@@ -93,26 +109,32 @@ budgets = st.one_of(
 )
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(row, min_size=1, max_size=30), budgets, shares, st.sampled_from([0.0, 0.0, 0.7]), st.booleans())
-def test_matches_the_rule(tmp_path_factory, values, budget, shares, temperature, small):
+near = st.tuples(st.sampled_from([None, 1, 2]), st.lists(st.sampled_from([None, 0, 1, 2]), min_size=30, max_size=30))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(row, min_size=1, max_size=30), budgets, shares, st.sampled_from([0.0, 0.0, 0.7]), st.booleans(), near)
+def test_matches_the_rule(tmp_path_factory, values, budget, shares, temperature, small, near):
     rows = [(f"d{i * 37 % 31:02d}" + "é" * (i % 3), *v) for i, v in enumerate(values)]
+    cap, clusters = near
+    cluster_of = {"elsewhere": 0, **dict(zip([r[0] for r in rows], clusters, strict=False))}
     known = {"*", *(r[1] for r in rows)}
     shares = {kind: {s: x for s, x in of.items() if s in known} for kind, of in shares.items()}
-    config = SelectionConfig(**budget, **shares, temperature=temperature)
-    wanted = expected(rows, config, seed=5)
+    config = SelectionConfig(**budget, **shares, temperature=temperature, max_per_cluster=cap)
+    wanted = expected(rows, config, 5, cluster_of)
     kept = [(r, rank) for r, rank, reason in wanted if reason is None]
     folder = tmp_path_factory.mktemp("s")
     write(folder / "scores", rows)
+    options = {"seed": 5, "clusters": write_clusters(folder / "clusters.parquet", cluster_of)}
     with pytest.MonkeyPatch.context() as patch:
         if small:  # several buckets, chunks and batches, as in a large pool
             for name, value in {"BUCKET_ROWS": 7, "CHUNK_ROWS": 3, "SCAN_ROWS": 5}.items():
                 patch.setattr(selection_order, name, value)
         if not kept:
             with pytest.raises(BilectError, match="nothing to keep"):
-                select(folder / "scores", folder / "out", config, seed=5)
+                select(folder / "scores", folder / "out", config, **options)
             return
-        chosen = select(folder / "scores", folder / "out", config, seed=5)
+        chosen = select(folder / "scores", folder / "out", config, **options)
     got_kept, got_dropped = read(folder / "out")
     columns = ("doc_id", "source", "n_tokens", "score", "rank")
     assert [tuple(r[c] for c in columns) for r in got_kept] == [(*r, rank) for r, rank in kept]
@@ -123,6 +145,9 @@ def test_matches_the_rule(tmp_path_factory, values, budget, shares, temperature,
         assert r.get("key") == (
             pytest.approx(key([r[c] for c in columns], temperature, 5), rel=1e-6) if temperature else None
         )
+    assert chosen.near_duplicates == sum((reason or "").startswith(NEAR_DUPLICATE) for *_, reason in wanted)
+    for cluster in (0, 1, 2):
+        assert sum(cluster_of[r["doc_id"]] == cluster for r in got_kept) <= (cap or len(rows))
     tokens, total = sum(r[2] for r, _ in kept), sum(r[2] for r in rows)
     assert (chosen.documents, chosen.pool_documents) == (len(kept), len(rows))
     assert (chosen.tokens, chosen.pool_tokens, chosen.threshold) == (tokens, total, min(r[3] for r, _ in kept))
@@ -171,6 +196,30 @@ def test_a_budget_out_of_reach_is_reported(tmp_path):
     chosen = select(scores, tmp_path / "out", SelectionConfig(top_k=11))
     assert chosen.note == "kept 10 of a budget of 11 documents: there are no more"
     assert read(tmp_path / "out")[1] == []
+
+
+def test_near_duplicates_by_hand(tmp_path):
+    scores = write(tmp_path / "scores", POOL)
+    clusters = write_clusters(tmp_path / "c.parquet", {"a0": 0, "a1": 0, "a2": 0, "a4": 1, "b0": 1, "elsewhere": 1})
+    chosen = select(scores, tmp_path / "out", SelectionConfig(top_k=4, max_per_cluster=1), clusters=clusters)
+    kept, dropped = read(tmp_path / "out")
+    assert [(r["doc_id"], r["rank"]) for r in kept] == [("a0", 1), ("a3", 4), ("a4", 5), ("a5", 6)]
+    assert [r["reason"] for r in dropped[:3]] == ["near-duplicate of a0"] * 2 + ["near-duplicate of a4"]
+    assert [r["reason"] for r in dropped[3:]] == [BELOW_THE_CUT] * 3
+    assert (chosen.near_duplicates, chosen.note, set(dropped[0])) == (3, "", {*kept[0], "reason"})
+    within = SelectionConfig(budget_tokens=50, max_per_cluster=1, max_share={"a": 0.4})
+    select(scores, tmp_path / "out", within, clusters=clusters)
+    assert ids(tmp_path / "out") == ["a0", "a3", "b1", "b2", "b3"]  # a1 and a2 take nothing of the share of a
+    chosen = select(scores, tmp_path / "out", SelectionConfig(top_k=9, max_per_cluster=1), clusters=clusters)
+    assert chosen.note == "kept 7 of a budget of 9 documents: the others are near-duplicates"
+    rows = [(f"{i:02d}", "a", 1, float(i)) for i in range(20)]
+    clusters = write_clusters(tmp_path / "c.parquet", {r[0]: 0 for r in rows})
+    noisy = SelectionConfig(top_k=5, max_per_cluster=1, temperature=100.0)
+    select(write(tmp_path / "noisy", rows), tmp_path / "out", noisy, clusters=clusters)
+    best = max(rows, key=lambda r: key(r, 100.0, 0))[0]
+    assert ids(tmp_path / "out") == [best] != ["19"]  # the best by the noisy score, not by the score
+    with pytest.raises(BilectError, match="max_per_cluster compares texts, and there are none beside these scores"):
+        select(scores, tmp_path / "none", SelectionConfig(max_per_cluster=1))
 
 
 def test_a_source_that_was_not_scored_is_named_with_the_nearest(tmp_path):
@@ -253,6 +302,7 @@ def empty(folder):
         (lambda f: write(f, [*GOOD, (None, "s", 1, 0.0)]), "1 documents lack their doc_id"),
         (lambda f: write(f, [*GOOD, ("b", "s", 1, 0.0), ("a", "t", 1, 0.9)]),
          "2 doc_ids were scored more than once, 'a' for one"),
+        (lambda f: write(f, [*GOOD, *(("a", "t", 1, x) for x in (0.9, 0.8, 0.7))]), "1 doc_ids were scored more than"),
         (lambda f: write(f, [("a", "s", 0, 1.0)]), "nothing to keep"),
     ],
 )  # fmt: skip
@@ -261,11 +311,12 @@ def test_a_failure_leaves_an_earlier_result_untouched(tmp_path, spoil, message):
     select(scores, tmp_path / "out", SelectionConfig())
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     spoil(scores)
+    clusters = write_clusters(tmp_path / "clusters.parquet", {"a": 0, "b": 0})
     with pytest.raises(BilectError, match=message) as caught:
-        select(scores, tmp_path / "out", SelectionConfig())
+        select(scores, tmp_path / "out", SelectionConfig(max_per_cluster=1), clusters=clusters)
     assert "\n" not in str(caught.value)
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    assert {p.name for p in tmp_path.iterdir()} <= {"scores", "out"}  # no temporary files
+    assert {p.name for p in tmp_path.iterdir()} <= {"scores", "out", "clusters.parquet"}  # no temporary files
 
 
 def test_a_full_disk_is_not_swallowed(tmp_path, monkeypatch):

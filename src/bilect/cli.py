@@ -156,6 +156,9 @@ def select(
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     min_share: Annotated[list[str] | None, typer.Option(help="SOURCE=SHARE, at least; repeatable.")] = None,
     max_share: Annotated[list[str] | None, typer.Option(help="SOURCE=SHARE, at most; '*' for all others.")] = None,
+    max_per_cluster: Annotated[
+        int | None, typer.Option(help="Documents to keep of each cluster of near-duplicates.")
+    ] = None,
     file_format: Annotated[_Format | None, typer.Option("--format", help="Of the kept documents.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; default: RUN/selections/NAME.")] = None,
     number: Annotated[int | None, typer.Option("--round", help="Scores of which round; default: the last.")] = None,
@@ -172,6 +175,7 @@ def select(
         temperature=temperature,
         min_share=min_share,
         max_share=max_share,
+        max_per_cluster=max_per_cluster,
         format=None if file_format is None else file_format.value,
     )
     if source.is_dir():

@@ -203,6 +203,12 @@ class SelectionConfig(_Settings):
     max_share: dict[str, Fraction] = Field(
         {}, description="source: greatest share; '*' stands for every source that is not named"
     )
+    max_per_cluster: Positive | None = Field(
+        None, description="documents kept of each cluster of near-duplicates, and seen of it by the random control"
+    )
+    cluster_similarity: Annotated[float, Field(ge=0.5, le=1)] = Field(
+        0.8, description="Jaccard index of word 5-grams from which two documents are near-duplicates"
+    )
     format: Literal["parquet", "jsonl.zst"] = Field("parquet", description="of the kept documents")
 
     @model_validator(mode="before")

@@ -18,7 +18,7 @@ from bilect.run_dir import RunDir, content_hash, locked
 from bilect.selection import Selected, select
 from bilect.stages import texts
 from bilect.stages.choosing import score_pool
-from bilect.stages.context import Figures, RunContext, open_pool
+from bilect.stages.context import Figures, RunContext, find_clusters, open_pool
 
 __all__ = ["score_files", "select_again", "selection_settings"]
 
@@ -46,6 +46,7 @@ def select_again(
     source: Path,
     out: Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
     *,
     number: int | None = None,
     seed: int = 0,
@@ -56,6 +57,7 @@ def select_again(
         source: a run directory, what ``score_files`` wrote, or a folder of score files.
         out: folder to write; default: ``source/selections/NAME``, named after the settings.
         settings: of ``SelectionConfig``; the rest as in the run.
+        progress: what the reader sees; nothing by default.
         number: the round whose scores are used; default: the last that has any.
         seed: of Gumbel noise.
 
@@ -74,7 +76,10 @@ def select_again(
         before = {k: v for k, v in before.items() if k not in ("keep_ratio", "budget_tokens", "top_k")}
     config = parse_selection({**before, **settings})
     folder = out if out is not None else source / "selections" / _name(config, seed)
-    chosen = select(scores, folder, config, seed=seed)
+    clusters = None
+    if config.max_per_cluster is not None and tokens is not None:
+        clusters = find_clusters(tokens, config.cluster_similarity, progress or SilentProgress())
+    chosen = select(scores, folder, config, seed=seed, clusters=clusters)
     if tokens is not None:
         attach_text(folder, open_pool(tokens), config.format)
     return chosen, folder

@@ -19,9 +19,10 @@ from bilect.config import SelectionConfig
 from bilect.errors import BilectError
 from bilect.selection_order import RankedScores
 
-__all__ = ["BELOW_THE_CUT", "SOURCE_FULL", "Selected", "select"]
+__all__ = ["BELOW_THE_CUT", "NEAR_DUPLICATE", "SOURCE_FULL", "Selected", "select"]
 
 BELOW_THE_CUT, SOURCE_FULL = "below the cut", "its source is at its maximum share"
+NEAR_DUPLICATE = "near-duplicate of"  # and a doc_id
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Selected:
         kept_share: source -> share of the kept tokens.
         pool_share: source -> share of the scored tokens.
         kept_fraction: source -> share of its documents that was kept.
+        near_duplicates: documents left out because their cluster has better ones.
     """
 
     documents: int
@@ -51,6 +53,7 @@ class Selected:
     kept_share: dict[str, float]
     pool_share: dict[str, float]
     kept_fraction: dict[str, float]
+    near_duplicates: int = 0
 
     @property
     def note(self) -> str:
@@ -58,16 +61,24 @@ class Selected:
         kept = self.tokens if self.unit == "tokens" else self.documents
         if kept >= self.budget:
             return ""
-        why = "there are no more" if self.documents == self.pool_documents else "max_share allows no more"
+        if self.documents == self.pool_documents:
+            why = "there are no more"
+        elif self.documents + self.near_duplicates == self.pool_documents:
+            why = "the others are near-duplicates"
+        else:
+            why = "max_share allows no more"
         return f"kept {kept:,} of a budget of {self.budget:,.0f} {self.unit}: {why}"
 
 
-def select(scores: Path | Sequence[Path], out: Path, config: SelectionConfig, *, seed: int = 0) -> Selected:
+def select(
+    scores: Path | Sequence[Path], out: Path, config: SelectionConfig, *, seed: int = 0, clusters: Path | None = None
+) -> Selected:
     """Write ``kept.parquet`` and ``dropped.parquet`` into ``out`` and account for them.
 
     Documents are ranked by score, or by score plus Gumbel noise at a temperature: ``RankedScores`` has the rule. The
-    budget T is in tokens, or in documents under top_k, where a document counts as 1 in all that follows. Within each
-    source, documents are counted in order of rank:
+    budget T is in tokens, or in documents under top_k, where a document counts as 1 in all that follows. Of each
+    cluster of near-duplicates, the documents behind its first max_per_cluster are *surplus*: they are not taken and
+    count for nothing. Within each source, the others are counted in order of rank:
 
     - one is *reserved* if those of its source before it come to less than min_share T;
     - one is *eligible* if those of its source up to and including it come to no more than max_share T.
@@ -77,16 +88,29 @@ def select(scores: Path | Sequence[Path], out: Path, config: SelectionConfig, *,
 
     Both files hold ``doc_id, source, n_tokens, score, rank`` (at a temperature also ``key``, the noisy score) in order
     of rank. In dropped.parquet ``reason`` is ``BELOW_THE_CUT`` from the first eligible document on that was not taken,
-    and ``SOURCE_FULL`` before. Both appear when they are complete; files of these names are replaced.
+    and ``SOURCE_FULL`` before; that of a surplus document is ``NEAR_DUPLICATE`` and the best of its cluster. Both
+    appear when they are complete; files of these names are replaced.
+
+    Args:
+        scores: as RankedScores.
+        out: folder to write.
+        config: the settings.
+        seed: of the noise.
+        clusters: the near-duplicates (``data.near_duplicates.cluster_file``), needed for max_per_cluster.
 
     Raises:
-        BilectError: as RankedScores; shares of a source that was not scored; nothing to keep.
+        BilectError: as RankedScores; max_per_cluster without clusters; shares of a source that was not scored;
+            nothing to keep.
     """
+    cap = config.max_per_cluster
+    if cap is not None and clusters is None:
+        raise BilectError("select: max_per_cluster compares texts, and there are none beside these scores; select from "
+                          "a run, or from what `bilect score --data` wrote")  # fmt: skip
     made = not out.parent.exists()
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        ranked = RankedScores(scores, scratch, config.temperature, seed)
+        ranked = RankedScores(scores, scratch, config.temperature, seed, clusters if cap else None, cap or 1)
         selected = _write(ranked, _Taking(config, ranked), scratch)
         out.mkdir(exist_ok=True)
         for name in ("dropped.parquet", "kept.parquet"):
@@ -103,6 +127,7 @@ def select(scores: Path | Sequence[Path], out: Path, config: SelectionConfig, *,
 def _write(ranked: RankedScores, taking: "_Taking", folder: Path) -> Selected:
     size = len(ranked.sources)
     documents_S, tokens_S, threshold = np.zeros(size, np.int64), np.zeros(size, np.int64), np.inf
+    near_duplicates = 0 if ranked.best_N is None else len(ranked.best_N)
     with ExitStack() as stack:
 
         def writer(name: str, like: pa.Table) -> pq.ParquetWriter:
@@ -120,8 +145,10 @@ def _write(ranked: RankedScores, taking: "_Taking", folder: Path) -> Selected:
         kept_file = dropped_file = None
         pool, writes = stack.enter_context(ThreadPoolExecutor(1)), list[Future[None]]()
         for chunk in ranked.chunks():
-            taken, full = taking.step(_source(chunk), chunk["n_tokens"].to_numpy())
-            reason = pa.DictionaryArray.from_arrays(pa.array(full.astype(np.int8)), [BELOW_THE_CUT, SOURCE_FULL])
+            taken, full = taking.step(chunk)
+            reason = _reasons(chunk, full, ranked.best_N)
+            if ranked.best_N is not None:
+                chunk = chunk.drop_columns("surplus")
             kept, dropped = _filter(chunk, taken), _filter(chunk.append_column("reason", reason), ~taken)
             kept_file = kept_file or writer("kept.parquet", kept)
             dropped_file = dropped_file or writer("dropped.parquet", dropped)
@@ -150,6 +177,7 @@ def _write(ranked: RankedScores, taking: "_Taking", folder: Path) -> Selected:
         _by_source(ranked, tokens_S / tokens),
         _by_source(ranked, ranked.tokens_S / pool_tokens),
         _by_source(ranked, documents_S / ranked.documents_S),
+        near_duplicates,
     )
 
 
@@ -173,12 +201,11 @@ class _Taking:
         self._cut, self._shares = False, bool(config.min_share or config.max_share)
         self._all_reserved = self._count_reserved(ranked) if least else 0.0
 
-    def step(self, source_D: np.ndarray, n_tokens_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def step(self, chunk: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         """Which of the next documents are taken, and which of the others are left because their source is full."""
         if self._cut and not self._shares:  # nothing more is taken: most of a pool, at no cost
-            return np.zeros(len(source_D), bool), np.zeros(len(source_D), bool)
-        size_D = self._size(n_tokens_D)
-        reserved_D, eligible_D = self._within_sources(source_D, size_D)
+            return np.zeros(len(chunk), bool), np.zeros(len(chunk), bool)
+        size_D, reserved_D, eligible_D = self._within_sources(chunk)
         first_D, then_D = size_D * (eligible_D & reserved_D), size_D * (eligible_D & ~reserved_D)
         before_first_D = self._reserved + np.cumsum(first_D) - first_D
         before_then_D = self._all_reserved + self._other + np.cumsum(then_D) - then_D
@@ -189,31 +216,46 @@ class _Taking:
         self._cut = bool(below_D[-1])
         return taken_D, ~taken_D & ~below_D
 
-    def _size(self, n_tokens_D: np.ndarray) -> np.ndarray:
-        return n_tokens_D.astype(np.float64) if self.unit == "tokens" else np.ones(len(n_tokens_D))
-
-    def _within_sources(self, source_D: np.ndarray, size_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(reserved, eligible), advancing the count of each source."""
+    def _within_sources(self, chunk: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(size, reserved, eligible), advancing the count of each source."""
+        tokens = self.unit == "tokens"
+        size_D = chunk["n_tokens"].to_numpy().astype(np.float64) if tokens else np.ones(len(chunk))
+        running_D = np.ones(len(chunk), bool)
+        if "surplus" in chunk.column_names:
+            running_D = chunk["surplus"].to_numpy() < 0
+            size_D *= running_D
         if not self._shares:
-            return np.zeros(len(size_D), bool), np.ones(len(size_D), bool)
+            return size_D, np.zeros(len(chunk), bool), running_D
+        source_D = _source(chunk)
         order = np.argsort(source_D, kind="stable")
         sum_S = np.bincount(source_D, weights=size_D, minlength=len(self._counted_S))
         earlier_S = np.cumsum(sum_S) - sum_S  # of the sources before it in this order
         upto_D = np.empty(len(size_D))
         upto_D[order] = np.cumsum(size_D[order]) + (self._counted_S - earlier_S)[source_D[order]]
         self._counted_S += sum_S
-        return upto_D - size_D < self._least_S[source_D], upto_D <= self._most_S[source_D]
+        eligible_D = running_D & (upto_D <= self._most_S[source_D])
+        return size_D, upto_D - size_D < self._least_S[source_D], eligible_D
 
     def _count_reserved(self, ranked: RankedScores) -> float:
         total = 0.0
         for chunk in ranked.chunks():
-            size_D = self._size(chunk["n_tokens"].to_numpy())
-            reserved_D, eligible_D = self._within_sources(_source(chunk), size_D)
+            size_D, reserved_D, eligible_D = self._within_sources(chunk)
             total += size_D[reserved_D & eligible_D].sum()
             if (self._counted_S >= self._least_S).all():
                 break
         self._counted_S[:] = 0.0
         return total
+
+
+def _reasons(chunk: pa.Table, full_D: np.ndarray, best_N: pa.Array | None) -> pa.DictionaryArray:
+    """Why each document is dropped, if it is."""
+    if best_N is None:
+        return pa.DictionaryArray.from_arrays(pa.array(full_D.astype(np.int8)), [BELOW_THE_CUT, SOURCE_FULL])
+    surplus_D, code_D = chunk["surplus"].to_numpy(), full_D.astype(np.int32)
+    best = best_N.take(pa.array(surplus_D[surplus_D >= 0])).dictionary_encode()
+    code_D[surplus_D >= 0] = np.asarray(best.indices) + 2
+    near = [f"{NEAR_DUPLICATE} {doc_id}" for doc_id in best.dictionary.to_pylist()]
+    return pa.DictionaryArray.from_arrays(pa.array(code_D), [BELOW_THE_CUT, SOURCE_FULL, *near])
 
 
 def _source(table: pa.Table) -> np.ndarray:

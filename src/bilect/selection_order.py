@@ -45,18 +45,24 @@ class RankedScores:
         scratch: existing folder for temporary files; the caller removes it.
         temperature: T.
         seed: of the noise.
+        clusters: file of near-duplicates (``doc_id, cluster``), of these documents among others.
+        cap: documents of a cluster that are no surplus, by rank; with ``clusters``.
 
     Attributes:
         sources: in alphabetical order; S below is an index into it.
         documents_S: scored, of each source.
         tokens_S: scored, of each source.
+        best_N: doc_id of the best of its cluster for each surplus document; None without ``clusters``.
 
     Raises:
         BilectError: no files, a file that cannot be read or lacks a column, a score that is missing or not finite, any
             other value that is missing, no documents, or a doc_id that occurs twice.
     """
 
-    def __init__(self, scores: Path | Sequence[Path], scratch: Path, temperature: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, scores: Path | Sequence[Path], scratch: Path, temperature: float = 0.0, seed: int = 0,
+        clusters: Path | None = None, cap: int = 1,
+    ) -> None:  # fmt: skip
         files = sorted(scores.glob("*.parquet")) if isinstance(scores, Path) else list(scores)
         if not files:
             raise BilectError(f"select: no score files in {scores}" if isinstance(scores, Path)
@@ -76,6 +82,7 @@ class RankedScores:
             )
             try:
                 self._account(db)
+                self.best_N = None if clusters is None else _find_surplus(db, clusters, cap)
                 self._buckets = self._scan(db)
             except duckdb.Error:
                 for file in files:  # a damaged page: its file is not named
@@ -107,11 +114,14 @@ class RankedScores:
             sample = db.execute(f"SELECT key FROM pool USING SAMPLE {SAMPLE_ROWS} ROWS").fetchnumpy()["key"]
             count = -(-documents // BUCKET_ROWS)
             edges = np.unique(-np.quantile(sample, np.arange(1, count) / count, method="nearest"))
-        buckets = [_Bucket(self._scratch / f"bucket-{i}", noisy=self.noisy) for i in range(len(edges) + 1)]
+        more = [name for name, has in (("key", self.noisy), ("surplus", self.best_N is not None)) if has]
+        buckets = [_Bucket(self._scratch / f"bucket-{i}", more) for i in range(len(edges) + 1)]
         names = ", ".join(map(quoted, self.sources))
         hashes, done = np.empty(documents, np.uint64), 0
-        key = ", key" if self.noisy else ""
-        query = f"SELECT doc_id, source::ENUM({names}) AS source, n_tokens, score, hash(doc_id) AS hash{key} FROM pool"
+        columns = ["doc_id", f"source::ENUM({names}) AS source", "n_tokens", "score", "hash(doc_id) AS hash"]
+        columns += ["coalesce(surplus, -1)::INTEGER AS surplus" if name == "surplus" else name for name in more]
+        joined = " LEFT JOIN surplus USING (doc_id)" if "surplus" in more else ""
+        query = f"SELECT {', '.join(columns)} FROM pool{joined}"
         for batch in db.sql(query).to_arrow_reader(SCAN_ROWS):
             if batch["doc_id"].null_count:
                 raise BilectError(f"select: {batch['doc_id'].null_count} documents lack their doc_id")
@@ -138,7 +148,8 @@ class RankedScores:
     def chunks(self) -> Iterator[pa.Table]:
         """``doc_id, source, n_tokens, score, rank`` (and ``key`` where it is not the score), ranks 1 ... N in order.
 
-        The source is dictionary-encoded, with ``sources`` for its dictionary.
+        With clusters also ``surplus``, an index into ``best_N`` or -1: the document is behind ``cap`` others of its
+        cluster. The source is dictionary-encoded, with ``sources`` for its dictionary.
         """
         rank = 1
         with ThreadPoolExecutor(AHEAD) as executor:  # chunks are gathered while the caller is busy with one
@@ -156,6 +167,19 @@ class RankedScores:
                     rank += len(table)
 
 
+def _find_surplus(db: duckdb.DuckDBPyConnection, clusters: Path, cap: int) -> pa.Array:
+    """Number the documents behind ``cap`` others of their cluster (table ``surplus``); return the best of each's."""
+    db.execute(
+        f"""CREATE TABLE surplus AS SELECT doc_id, best, row_number() OVER (ORDER BY doc_id) - 1 AS surplus FROM (
+              SELECT doc_id, any_value(best) AS best FROM (
+                SELECT doc_id, row_number() OVER ranked AS place, first_value(doc_id) OVER ranked AS best
+                FROM pool JOIN read_parquet({quoted(clusters)}) USING (doc_id)
+                WINDOW ranked AS (PARTITION BY cluster ORDER BY key DESC, doc_id))
+              WHERE place > {cap} GROUP BY doc_id)"""  # grouped: a doc_id that was scored twice is found out later
+    )
+    return db.sql("SELECT best FROM surplus ORDER BY surplus").to_arrow_table()["best"].combine_chunks()
+
+
 def _ranked(table: pa.Table, first: int) -> pa.Table:
     return table.add_column(4, "rank", pa.array(np.arange(first, first + len(table))))
 
@@ -163,13 +187,17 @@ def _ranked(table: pa.Table, first: int) -> pa.Table:
 class _Bucket:
     """Documents of one range of keys, each column in a file of its own."""
 
-    def __init__(self, folder: Path, *, noisy: bool) -> None:
+    def __init__(self, folder: Path, more: list[str]) -> None:
         folder.mkdir()
-        self._key = "key" if noisy else "score"
-        types = {"source": np.int32, "n_tokens": np.int32, "score": np.float32, "key": np.float32}
-        self._types = {"end": np.int64, "doc_id": np.uint8, **types}
-        if not noisy:
-            del self._types["key"]
+        self._key = "key" if "key" in more else "score"
+        self._types = {
+            "end": np.int64,
+            "doc_id": np.uint8,
+            "source": np.int32,
+            "n_tokens": np.int32,
+            "score": np.float32,
+        }
+        self._types |= {name: np.float32 if name == "key" else np.int32 for name in more}
         self._paths = {name: folder / name for name in self._types}
         self._files: dict[str, BinaryIO] = {name: path.open("wb") for name, path in self._paths.items()}
         self._bytes = 0

@@ -95,12 +95,12 @@ def select_with_progress(
     source: Path, out: Path | None, settings: Mapping[str, Any], number: int | None, seed: int
 ) -> None:
     """``bilect select RUN``: another selection from scores that are there."""
-    from rich.console import Console
     from rich.table import Table
 
     from bilect.reuse import select_again
 
-    chosen, folder = select_again(source, out, settings, number=number, seed=seed)
+    with RichProgress() as progress:
+        chosen, folder = select_again(source, out, settings, progress, number=number, seed=seed)
     table = Table(title=f"{chosen.documents:,} of {chosen.pool_documents:,} documents, "
                         f"{chosen.tokens:,} of {chosen.pool_tokens:,} tokens kept")  # fmt: skip
     for name in ("source", "share of the pool", "share of what is kept", "documents kept"):
@@ -108,11 +108,12 @@ def select_with_progress(
     for name, share in sorted(chosen.pool_share.items(), key=lambda item: -chosen.kept_share[item[0]]):
         row = (share, chosen.kept_share[name], chosen.kept_fraction[name])
         table.add_row(name, *(f"{100 * value:.1f}%" for value in row))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
+    progress.console.print(table)
+    if chosen.near_duplicates:
+        progress.note(f"{chosen.near_duplicates:,} documents are near-duplicates of better ones")
     if chosen.note:
-        console.print(chosen.note)
-    console.print(f"Kept: {folder / 'kept.*'}   Dropped, with rank and reason: {folder / 'dropped.parquet'}")
+        progress.note(chosen.note)
+    progress.note(f"Kept: {folder / 'kept.*'}   Dropped, with rank and reason: {folder / 'dropped.parquet'}")
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -117,11 +117,12 @@ def score_pool(run: RunContext, model: Path, rows: np.ndarray, out: Path, title:
 
 def select(run: RunContext, scratch: Path, number: int) -> Figures:
     """Keep the top, with its text; account for it by source; show the extremes."""
+    clusters = run.clusters()
     if not distributed.is_main():
         return {}
     config, out = run.config, scratch / f"round-{number}"
     scores, seed = run.root / f"round-{number}" / "scores", derive_seed(config.seed, "select", number)
-    chosen = selection.select(scores, out / "selected", config.selection, seed=seed)
+    chosen = selection.select(scores, out / "selected", config.selection, seed=seed, clusters=clusters)
     pool = run.pool()
     write_json(out / "extremes.json", extremes(out / "selected", pool, SHOWN_DOCUMENTS, SHOWN_CHARACTERS))
     attach_text(out / "selected", pool, config.selection.format)
@@ -131,6 +132,7 @@ def select(run: RunContext, scratch: Path, number: int) -> Figures:
         "tokens": chosen.tokens,
         "documents": chosen.documents,
         "threshold": chosen.threshold,
+        "near_duplicates": chosen.near_duplicates,
         "kept_share_by_source": chosen.kept_share,
         "pool_share_by_source": chosen.pool_share,
         "kept_fraction_by_source": chosen.kept_fraction,

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bilect.config import Config
+from bilect.data.near_duplicates import cluster_file
 from bilect.data.sources import set_name
 from bilect.data.tokens import TokenStore
 from bilect.models.loading import load_causal_lm, load_tokenizer
@@ -20,7 +21,7 @@ from bilect.run_dir import derive_seed
 from bilect.runtime import distributed
 from bilect.runtime.device import pick_device
 
-__all__ = ["Figures", "RunContext", "open_pool", "target_folder"]
+__all__ = ["Figures", "RunContext", "find_clusters", "open_pool", "target_folder"]
 
 Figures = dict[str, Any]
 
@@ -66,6 +67,16 @@ class RunContext:
         """Rows of the pool that are never used: documents that repeat an earlier one, or are held out."""
         return _excluded(self.pool_note())
 
+    def clusters(self) -> Path | None:
+        """Near-duplicates of the pool, looked for by the main rank if that is not done; None where there is no cap."""
+        selection, tokens = self.config.selection, self.root / "tokens"
+        if selection.max_per_cluster is None:
+            return None
+        if distributed.is_main():
+            find_clusters(tokens, selection.cluster_similarity, self.progress)
+        distributed.barrier()
+        return _cluster_path(tokens, selection.cluster_similarity)
+
     def upper_sets(self) -> list[tuple[str, float, TokenStore]]:
         """Name, weight and tokens of each target set, in the order of the config."""
         sets = [(set_name(source), source.weight) for source in self.config.data.upper_data]
@@ -98,6 +109,17 @@ def open_pool(tokens: Path) -> TokenStore:
     note = _pool_note(tokens)
     paths = [tokens / "pool" / f["file"] for f in note["files"]]
     return TokenStore(paths, [f["weight"] for f in note["files"]], _excluded(note))
+
+
+def find_clusters(tokens: Path, similarity: float, progress: Progress) -> Path:
+    """Near-duplicates of a pool, in a file beside its tokens: once for all rounds, arms and later selections."""
+    store, file = open_pool(tokens), _cluster_path(tokens, similarity)
+    with progress.task("near-duplicates", len(store) - len(store.excluded), unit="documents") as task:
+        return cluster_file(store, file, similarity, task.advance)
+
+
+def _cluster_path(tokens: Path, similarity: float) -> Path:
+    return tokens / f"near-duplicates-{similarity:g}.parquet"
 
 
 def _pool_note(tokens: Path) -> dict[str, Any]:

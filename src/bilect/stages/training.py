@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from bilect import evaluation
 from bilect.config import TrainConfig
 from bilect.data.loading import UpperBatches
+from bilect.data.near_duplicates import within_cap
 from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
 from bilect.export import kept_ids
@@ -155,10 +156,14 @@ def _rows_of(run: RunContext, arm: str, number: int, pool: TokenStore) -> np.nda
     order = generator.permutation(shard)
     if pool.weight_R is not None:  # a weighted draw without replacement (Efraimidis and Spirakis 2006)
         order = order[np.argsort(generator.exponential(size=len(order)) / pool.weight_R[order])]
-    if run.config.selection.top_k is not None:
-        return order[: run.config.selection.top_k]
+    selection, clusters = run.config.selection, run.clusters()
+    budget = selection.budget(int(pool.length_R[order].sum()))
+    if clusters is not None and selection.max_per_cluster is not None:  # the cap is no merit of the scores
+        order = order[within_cap(pool.doc_ids(order), clusters, selection.max_per_cluster)]
+    if selection.top_k is not None:
+        return order[: selection.top_k]
     length_R = pool.length_R[order]
-    return order[np.cumsum(length_R) - length_R < run.config.selection.budget(int(length_R.sum()))]
+    return order[np.cumsum(length_R) - length_R < budget]
 
 
 def _train(
