@@ -1,7 +1,8 @@
 """What an online selection does, seen every so many steps: one plain dict each, for the report.
 
     step, kept                     share of the learned tokens that is selected
-    delta                          quantiles of Delta; share_positive: share of tokens with Delta > 0
+    delta                          quantiles of Delta; share_positive: share of tokens with Delta > 0 (not of a random
+                                   selection)
     distance_reference             ||u - w||
     distance_last_sync             ||u - u at the last synchronisation||
     sources                        per source: its learned tokens and the share of them that is selected
@@ -64,7 +65,9 @@ class Watcher:
             return
         delta_M, mask_M = distributed.gather_rows(delta_N)[0].float(), distributed.gather_rows(mask_N)[0]
         entry: dict[str, Any] = {"step": selector.steps, "kept": _mean(mask_M)}
-        if len(delta_M):
+        if selector.selection == "random":  # what it chose by are random numbers
+            delta_N = torch.full_like(delta_N, float("nan"))
+        elif len(delta_M):
             at = torch.tensor(QUANTILES, device=delta_M.device)
             values = torch.quantile(delta_M[:: 1 + len(delta_M) // 10_000_000], at)  # its limit is 16M values
             entry["delta"] = dict(zip(map(str, QUANTILES), values.tolist(), strict=True))
