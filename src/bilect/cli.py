@@ -210,6 +210,17 @@ def evaluate(
 
 
 @app.command()
+def verify(
+    out: Annotated[Path, typer.Option("--out", file_okay=False, help="Folder of verify.json and verify.html.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The short form.")] = False,
+) -> None:
+    """Every estimator against the exact answer, on problems small enough to have one; exit code 1 if a claim fails."""
+    from bilect.verify import run_verify
+
+    raise typer.Exit(run_verify(out, quick))
+
+
+@app.command()
 def report(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
     """Write report.html of a run again."""
     from bilect.report import write_report

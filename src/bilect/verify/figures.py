@@ -1,0 +1,72 @@
+"""The plots of the page: lines over a common x, several pairs of axes side by side."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from bilect.report.svg import COLOURS, drawing, new_figure, to_svg
+
+__all__ = ["Lines", "group", "lines_figure"]
+
+_INKS = ("ours", "random", "full", "worse", "warm", "ink")
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
+
+
+@dataclass(frozen=True)
+class Lines:
+    """One pair of axes: title, axis labels, named lines of (x, y), and which axes are logarithmic."""
+
+    title: str
+    x: str
+    y: str
+    series: Mapping[str, Sequence[tuple[float, float]]]
+    log_x: bool = True
+    log_y: bool = False
+
+
+def group(
+    rows: Iterable[Mapping[str, Any]], name: Callable[[Any], str], x: str, y: str
+) -> dict[str, list[tuple[float, float]]]:
+    """Lines from table rows: the mean of y over the rows that share a name and an x."""
+    values: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        values.setdefault(name(row), {}).setdefault(float(row[x]), []).append(float(row[y]))
+    return {key: [(at, fmean(ys)) for at, ys in sorted(line.items())] for key, line in values.items()}
+
+
+def lines_figure(name: str, panels: Sequence[Lines], description: str) -> str:
+    """All axes in rows of two, one legend for all: the same name has the same line everywhere."""
+    names = list(dict.fromkeys(key for panel in panels for key in panel.series))
+    from matplotlib.ticker import NullLocator
+
+    with drawing(name):
+        n_rows = math.ceil(len(panels) / 2)
+        figure = new_figure(2.5 * n_rows + 0.22 * math.ceil(len(names) / 3))
+        figure.set_layout_engine("constrained", h_pad=0.1)
+        handles: dict[str, Any] = {}
+        for i, panel in enumerate(panels):
+            axes = figure.add_subplot(
+                n_rows, min(2, len(panels)), i + 1, title=panel.title, xlabel=panel.x, ylabel=panel.y
+            )
+            for key, line in panel.series.items():
+                drawn = [(x, y) for x, y in line if math.isfinite(y) and (y > 0 or not panel.log_y)]
+                n = names.index(key)
+                (handles[key],) = axes.plot(
+                    [x for x, _ in drawn], [y for _, y in drawn], linewidth=1.4, marker="o", markersize=2.5, label=key,
+                    color=COLOURS[_INKS[n % len(_INKS)]], linestyle=_DASHES[n // len(_INKS) % len(_DASHES)],
+                )  # fmt: skip
+            for log, axis, set_scale in (
+                (panel.log_x, axes.xaxis, axes.set_xscale),
+                (panel.log_y, axes.yaxis, axes.set_yscale),
+            ):
+                if log:
+                    set_scale("log")
+                    axis.set_major_formatter(lambda value, _: f"{value:g}")
+                    axis.set_minor_locator(NullLocator())  # hundreds of ticks without labels
+            if not panel.log_y:
+                axes.axhline(0, color=COLOURS["muted"], linewidth=0.8, zorder=0)
+            axes.grid(axis="y")
+        figure.legend(handles=[handles[key] for key in names], loc="outside lower center", ncols=3)
+        return to_svg(figure, name, description)
