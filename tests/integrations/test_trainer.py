@@ -120,6 +120,8 @@ def test_random_tokens(tmp_path: Path) -> None:
     trainer = train(tmp_path, blade=BladeConfig(method="random-token", diagnose_every=1), max_steps=2)
     assert trainer.selector.reference is None
     assert all(0.6 <= entry["kept"] < 0.66 for entry in trainer.selector.diagnostics)
+    assert not any("delta" in entry or "share_positive" in entry for entry in trainer.selector.diagnostics)
+    assert set(trainer.selector.diagnostics[0]["documents"][0]["delta"]) == {None}
 
 
 def test_settings(tmp_path: Path) -> None:
