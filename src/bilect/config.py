@@ -24,6 +24,7 @@ __all__ = [
     "SelectionConfig",
     "TrainConfig",
     "WarmupConfig",
+    "explain_wrong",
     "load_config",
     "parse_config",
     "parse_selection",
@@ -291,7 +292,8 @@ def _known_keys(model: type[BaseModel], at: Sequence[Any]) -> list[str]:
     return list(model.model_fields)
 
 
-def _explain(error: ValidationError, root: type[BaseModel]) -> str:
+def explain_wrong(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first wrong setting in one line; for an unknown one, the nearest known."""
     errors = error.errors()
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a typo explains the rest
     where = ".".join(str(p) for p in first["loc"]) or "config"
@@ -316,7 +318,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise BilectError(_explain(error, Config)) from error
+        raise BilectError(explain_wrong(error, Config)) from error
 
 
 def parse_selection(values: Mapping[str, Any]) -> SelectionConfig:
@@ -324,7 +326,7 @@ def parse_selection(values: Mapping[str, Any]) -> SelectionConfig:
     try:
         return SelectionConfig.model_validate(values)
     except ValidationError as error:
-        raise BilectError(f"selection: {_explain(error, SelectionConfig)}") from error
+        raise BilectError(f"selection: {explain_wrong(error, SelectionConfig)}") from error
 
 
 def parse_source(values: Mapping[str, Any]) -> SourceConfig:
@@ -332,7 +334,7 @@ def parse_source(values: Mapping[str, Any]) -> SourceConfig:
     try:
         return SourceConfig.model_validate(values)
     except ValidationError as error:
-        raise BilectError(f"data: {_explain(error, SourceConfig)}") from error
+        raise BilectError(f"data: {explain_wrong(error, SourceConfig)}") from error
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

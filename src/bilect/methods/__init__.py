@@ -1,0 +1,96 @@
+"""Selection methods by name: one module each, and those that other packages register.
+
+A module of this package is a method: adding one touches no other file. Another package registers a class through an
+entry point of the group ``bilect.methods``, whose name is the method's; built-in names come first.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bilect.errors import BilectError, reason
+
+if TYPE_CHECKING:
+    from bilect.methods.contract import DocumentMethod, Inputs, Method
+
+__all__ = ["GROUP", "get", "load", "make", "names"]
+
+GROUP = "bilect.methods"
+
+
+def names() -> list[str]:
+    """All methods, sorted; none is imported."""
+    return sorted({*_modules(), *_registered()})
+
+
+def get(name: str) -> "type[Method[Any]]":
+    """The class of a method.
+
+    Raises:
+        BilectError: there is none of this name, or another package's cannot be used.
+    """
+    from bilect.methods.contract import Method
+
+    if module := _modules().get(name):
+        found = vars(importlib.import_module(module)).values()
+        own = [c for c in found if isinstance(c, type) and issubclass(c, Method) and vars(c).get("name") == name]
+        if not own:
+            raise BilectError(f"methods: {module} has no method of the name {name!r}")
+        return own[0]
+    if (entry := _registered().get(name)) is None:
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names())}"
+        raise BilectError(f"methods: there is no method {name!r}; {hint}")
+    try:
+        method = entry.load()
+    except Exception as error:  # anything can happen in another package
+        raise BilectError(f"methods: cannot import {name!r} from {entry.value} ({reason(error)})") from error
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise BilectError(
+            f"methods: {entry.value} is no subclass of bilect.methods.contract.DocumentMethod or TokenMethod"
+        )
+    return method
+
+
+def make(name: str, settings: Mapping[str, Any] | None = None) -> "Any":
+    """A method with checked settings.
+
+    Args:
+        name: of the method.
+        settings: plain values; the defaults where missing.
+
+    Raises:
+        BilectError: no such method, or one line that names the first wrong setting.
+    """
+    from pydantic import ValidationError
+
+    from bilect.config import explain_wrong
+
+    method = get(name)
+    try:
+        return method(method.Config.model_validate(dict(settings or {})))
+    except ValidationError as error:
+        raise BilectError(f"{name}: {explain_wrong(error, method.Config)}") from error
+
+
+def load(folder: Path, inputs: "Inputs") -> "DocumentMethod[Any]":
+    """Whatever document method a folder holds; see ``DocumentMethod.load``."""
+    from bilect.methods.contract import DocumentMethod, saved_name
+
+    method = get(saved_name(folder))
+    assert issubclass(method, DocumentMethod)  # only these save
+    return method.load(folder, inputs)
+
+
+def _modules() -> dict[str, str]:
+    """Module of each built-in method: ``random_`` is "random", ``bliss_penalty`` is "bliss-penalty"."""
+    stems = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "contract" and not m.name.startswith("_")]
+    return {stem.rstrip("_").replace("_", "-"): f"{__name__}.{stem}" for stem in stems}
+
+
+def _registered() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}

@@ -1,0 +1,200 @@
+"""What a selection method is: fit on the inputs, score documents, save, load; or options of the online selector.
+
+A module of this package holds one method: its settings and its class. Higher score means keep, everywhere.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
+
+from bilect.data.tokens import TokenStore
+from bilect.errors import BilectError, reason
+from bilect.models.loading import load_causal_lm
+from bilect.progress import Task
+from bilect.run_dir import write_json
+from bilect.runtime import distributed
+
+__all__ = ["DocumentMethod", "Figures", "Inputs", "Method", "MethodConfig", "TokenMethod", "UpperSet", "saved_name"]
+
+Figures = dict[str, Any]
+UpperSet = tuple[str, float, TokenStore]  # name, weight, tokens
+C = TypeVar("C", bound=BaseModel)
+
+METHOD_FILE = "method.json"
+
+
+class MethodConfig(BaseModel):
+    """Settings of a method; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every method is given; each takes what it needs.
+
+    Attributes:
+        pool: tokens of the pool.
+        rows: its candidate documents.
+        upper: the target sets.
+        proxy: folder of the warmed-up proxy, with ``optimizer.pt`` where its training has left one.
+        scratch: a folder of this fit alone, for what an interrupted fit goes on from.
+        pad_id: padding token.
+        seed: of every random draw.
+        device: where to compute.
+        target: folder of the warmed-up target, or None.
+        bf16: matrix products in bfloat16 where the method allows it.
+        batch_tokens: padded tokens per scoring batch.
+        checkpoint_every: steps of a fit between two checkpoints.
+    """
+
+    pool: TokenStore
+    rows: np.ndarray
+    upper: Sequence[UpperSet]
+    proxy: Path
+    scratch: Path
+    pad_id: int
+    seed: int
+    device: torch.device
+    target: Path | None = None
+    bf16: bool = False
+    batch_tokens: int = 8192
+    checkpoint_every: int = 500
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        """A saved model, on the device."""
+        return load_causal_lm(str(folder.resolve())).to(self.device)
+
+
+class Method(ABC, Generic[C]):
+    """What document and token methods have in common.
+
+    Args:
+        config: settings; the defaults of ``Config`` where None.
+
+    Attributes:
+        name: by which it is known, as its module's with ``-`` for ``_``.
+        summary: one line, with the paper.
+        Config: class of the settings, a frozen pydantic model that forbids extra keys.
+        uses_upper: whether upper data say what is kept.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Config: ClassVar[type[BaseModel]] = MethodConfig
+    uses_upper: ClassVar[bool] = True
+
+    def __init__(self, config: C | None = None) -> None:
+        self.config: C = self.Config() if config is None else config  # type: ignore[assignment]
+
+
+class DocumentMethod(Method[C]):
+    """Scores documents. ``fit`` or ``load`` comes first; a score depends on the document alone, not on its batch."""
+
+    inputs: Inputs
+
+    def fit(self, inputs: Inputs, task: Task) -> Figures:
+        """Learn what to keep. Goes on from what an interrupted fit has left in ``inputs.scratch``, to the same result.
+
+        Args:
+            inputs: see there.
+            task: progress.
+
+        Returns:
+            Figures for the record, ``flops`` among them.
+
+        Raises:
+            BilectError: there is nothing to choose from, or nothing that says what good means.
+        """
+        if not len(inputs.rows):
+            raise BilectError(f"{self.name}: there are no candidate documents to choose from; check the pool")
+        if self.uses_upper and not inputs.upper:
+            raise BilectError(f"{self.name}: no upper data says what good means; give at least one set")
+        for name, _, store in inputs.upper if self.uses_upper else ():
+            if not len(store):
+                raise BilectError(f"{self.name}: the upper set {name!r} is empty; give it documents, or leave it out")
+        self.inputs = inputs
+        inputs.scratch.mkdir(parents=True, exist_ok=True)
+        return self._fit(task)
+
+    @abstractmethod
+    def score(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
+        """Scores (float64) in the order of ``rows``; higher means keep."""
+
+    def score_flops(self, store: TokenStore, rows: np.ndarray) -> float:
+        """Operations of scoring ``rows``, counted as ``bilect.models.flops`` does."""
+        return 0.0
+
+    def save(self, folder: Path) -> None:
+        """Keep what was fitted in a folder."""
+        if distributed.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write(folder)
+            write_json(folder / METHOD_FILE, {"name": self.name, "config": self.config.model_dump(mode="json")})
+        distributed.barrier()
+
+    @classmethod
+    def load(cls, folder: Path, inputs: Inputs) -> Self:
+        """A saved method.
+
+        Args:
+            folder: see ``save``.
+            inputs: those of the fit: models are read from where they lie.
+
+        Raises:
+            BilectError: the folder holds none, or another one.
+        """
+        name, settings = _read_note(folder)
+        if name != cls.name:
+            raise BilectError(f"methods: {folder} holds the method {name!r}, not {cls.name!r}")
+        method = cls(cls.Config.model_validate(settings))  # type: ignore[arg-type]
+        method.inputs = inputs
+        method._read(folder)
+        return method
+
+    def _fit(self, task: Task) -> Figures:
+        """The fit itself, on ``self.inputs``; nothing to learn by default."""
+        return {"flops": 0.0}
+
+    def _write(self, folder: Path) -> None:
+        """Save what was learned, beside the settings; called on the main rank."""
+
+    def _read(self, folder: Path) -> None:
+        """The inverse of ``_write``."""
+
+
+class TokenMethod(Method[C]):
+    """Chooses tokens while a model trains."""
+
+    @abstractmethod
+    def options(self, learning_rate: float) -> dict[str, Any]:
+        """Keyword arguments of ``bilect.OnlineTokenSelector``, less the data loaders.
+
+        Args:
+            learning_rate: of the training.
+        """
+
+
+def saved_name(folder: Path) -> str:
+    """Name of the method that a folder holds.
+
+    Raises:
+        BilectError: it holds none.
+    """
+    return _read_note(folder)[0]
+
+
+def _read_note(folder: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        note = json.loads((folder / METHOD_FILE).read_text(encoding="utf-8"))
+        return str(note["name"]), dict(note["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BilectError(f"methods: {folder} holds no saved method ({reason(error)}); fit it first") from error

@@ -1,0 +1,74 @@
+"""Perplexity filtering: keep documents by their loss under the warmed-up proxy.
+
+    low:     score_i = -l_i                  high:   score_i = l_i
+    middle:  score_i = -|F(l_i) - 1/2|       F: distribution of the losses of the candidates
+
+l_i is the mean cross-entropy (nats) per predicted token. Marion et al., arXiv 2309.04564, section 3, where the middle
+did best; upper data are not looked at.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, PositiveInt
+
+from bilect.data.tokens import TokenStore
+from bilect.evaluation import document_losses
+from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
+from bilect.models.flops import forward_flops
+from bilect.progress import Task
+from bilect.run_dir import derive_seed
+from bilect.runtime.device import autocast
+
+__all__ = ["Perplexity", "PerplexityConfig"]
+
+
+class PerplexityConfig(MethodConfig):
+    """Which documents are kept."""
+
+    keep: Literal["low", "middle", "high"] = Field("middle", description="of the losses under the warm proxy")
+    sample: PositiveInt = Field(4096, description="candidates whose losses give F; used by keep=middle alone")
+
+
+class Perplexity(DocumentMethod[PerplexityConfig]):
+    """See the module."""
+
+    name = "perplexity"
+    summary = "loss per token under the warm proxy: the low, middle or high ones (arXiv 2309.04564)"
+    Config = PerplexityConfig
+    uses_upper = False
+    losses = np.zeros(0)  # of the sample, sorted
+
+    def score(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
+        """See the module; F is interpolated between the losses of the sample."""
+        loss_R = self._losses(store, rows)
+        if self.config.keep == "middle":
+            quantile_R = np.interp(loss_R, self.losses, np.linspace(0, 1, len(self.losses)))
+            return -np.abs(quantile_R - 0.5)
+        return loss_R if self.config.keep == "high" else -loss_R
+
+    def score_flops(self, store: TokenStore, rows: np.ndarray) -> float:
+        """A forward pass of the proxy."""
+        tokens = float(store.length_R[rows].sum())
+        return forward_flops(self.inputs.load(self.inputs.proxy), tokens, tokens / len(rows))
+
+    def _fit(self, task: Task) -> Figures:
+        if self.config.keep != "middle":
+            return {"flops": 0.0}
+        inputs = self.inputs
+        generator = np.random.default_rng(derive_seed(inputs.seed, "perplexity"))
+        sample = generator.permutation(inputs.rows)[: self.config.sample]
+        self.losses = np.sort(self._losses(inputs.pool, sample))
+        return {"flops": self.score_flops(inputs.pool, sample)}
+
+    def _losses(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
+        inputs = self.inputs
+        with autocast(inputs.device, inputs.bf16):
+            return document_losses(inputs.load(inputs.proxy), store, rows, inputs.pad_id, inputs.batch_tokens)
+
+    def _write(self, folder: Path) -> None:
+        np.save(folder / "losses.npy", self.losses)
+
+    def _read(self, folder: Path) -> None:
+        self.losses = np.load(folder / "losses.npy")
