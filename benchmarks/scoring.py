@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from bilect.data.tokens import TokenStore
 from bilect.models.loading import load_causal_lm, load_tokenizer, train_tokenizer
 from bilect.models.score_model import ScoreModel
 from bilect.runtime.device import autocast, pick_device
-from bilect.scoring import ROWS_AT_ONCE, write_scores
+from bilect.scoring import ROWS_AT_ONCE, score_rows, write_scores
 
 FILES = 4
 
@@ -166,7 +167,8 @@ def end_to_end(args: argparse.Namespace, work: Path, text: str, scorer: ScoreMod
     store = tokenise(args, work, text, out / "cache")
     pad = load_tokenizer(str(work / "tokenizer")).eos_token_id
     rows = np.arange(len(store))
-    write_scores(scorer, store, rows, out / "scores", pad, batch_tokens=args.batch_tokens, bf16=args.bf16)
+    score = partial(score_rows, scorer, store, pad_id=pad, batch_tokens=args.batch_tokens, bf16=args.bf16)
+    write_scores(score, store, rows, out / "scores")
 
 
 def memory_of(args: argparse.Namespace, work: Path, share: int) -> int:

@@ -16,8 +16,8 @@ from bilect.blade_config import BladeConfig
 from bilect.errors import BilectError
 
 __all__ = [
+    "TOKEN_METHODS",
     "Config",
-    "Control",
     "DataConfig",
     "FitConfig",
     "ModelsConfig",
@@ -35,7 +35,7 @@ Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Control = Literal["random", "full", "random-token", "rho1", "blade"]
+TOKEN_METHODS: tuple[Literal["random-token", "rho1", "blade"], ...] = ("random-token", "rho1", "blade")
 
 
 class _Settings(BaseModel):
@@ -259,11 +259,12 @@ class Config(_Settings):
         description="choice of tokens inside the training on the chosen documents (method full: none), and settings of "
         "the controls that choose tokens",
     )
-    controls: tuple[Control, ...] = Field(
+    controls: tuple[str, ...] = Field(
         ("random",),
-        description="arms trained on the same number of tokens for comparison: random documents; the full pool; the "
-        "full pool with tokens chosen at random, by RHO-1 or by BLADE",
+        description="arms trained on the same number of tokens for comparison: random (documents), full (the pool); "
+        "random-token, rho1, blade (the pool, with tokens chosen so); or another method of docs/methods.md, as dsir",
     )
+    methods: dict[str, dict[str, Any]] = Field({}, description="settings of those other methods, by name")
     score_batch_tokens: Positive = Field(8192, description="tokens per scoring batch and per evaluation batch")
     checkpoint_every: Positive = Field(500, description="steps of the fit and of training between two checkpoints")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
@@ -277,7 +278,7 @@ class Config(_Settings):
     def online_of(self, arm: Any) -> BladeConfig | None:
         """How the training of an arm ("bliss" or a control) chooses tokens; None where it learns all of them."""
         method = self.online.method if arm == "bliss" else arm
-        return None if method in ("bliss", "random", "full") else self.online.of(method)
+        return self.online.of(method) if method in TOKEN_METHODS else None
 
 
 def _known_keys(model: type[BaseModel], at: Sequence[Any]) -> list[str]:

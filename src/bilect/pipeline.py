@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import yaml
 
-from bilect.config import Config, Control
+from bilect.config import TOKEN_METHODS, Config
 from bilect.errors import BilectError
+from bilect.methods import choosers
 from bilect.progress import Progress, SilentProgress
 from bilect.report import write_report
 from bilect.run_dir import RunDir, locked, stage_key, write_json, write_text
@@ -92,6 +93,7 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
     add("eval", 0, "evaluate warm", training.evaluate, [], after, folder="warmup/target")
 
     arms = ["bliss", *config.controls]
+    chosen = choosers([arm for arm in config.controls if arm not in TOKEN_METHODS], config.methods)
     ready = {arm: "warm up target" for arm in arms}  # the last stage of each arm's target
     carried = ["warm up proxy", "tokenise targets"]  # what the next fit starts from, besides the target
     for n in range(1, config.rounds + 1):
@@ -101,6 +103,11 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
         add("select", n, "select", choosing.select, settings["selection"], [f"round {n}: score"], number=n)
         for arm in arms:
             after = [f"round {n}: select", ready[arm]] if arm == "bliss" else [ready[arm]]
+            if arm in chosen:
+                choosing_by = [split, chosen[arm], settings["selection"], settings["fit"]["bf16"]]
+                before = ["warm up proxy", "tokenise targets", ready[arm]]
+                add("select", n, f"choose {arm}", choosing.choose, choosing_by, before, number=n, arm=arm)
+                after.append(plan[-1].name)
             kept = [split, settings["training"], settings["selection"]]
             if (online := config.online_of(arm)) is not None:
                 kept, after = [*kept, online.model_dump(), upper], [*after, "tokenise targets"]
@@ -121,7 +128,7 @@ def run(
     *,
     command: Command = "run",
     number: int | None = None,
-    arms: Sequence[Control] = (),
+    arms: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Carry out a run, or what is left of it, and return its summary.
 
@@ -152,7 +159,7 @@ def run(
 
 
 def _carry_out(
-    context: RunContext, directory: RunDir, command: Command, number: int | None, arms: Sequence[Control]
+    context: RunContext, directory: RunDir, command: Command, number: int | None, arms: Sequence[str]
 ) -> dict[str, Any]:
     config, out, main, inputs = context.config, context.root, distributed.is_main(), directory.manifest["inputs"]
     if main:
@@ -183,13 +190,13 @@ def states(plan: Sequence[Stage], manifest: Mapping[str, Any]) -> dict[str, bool
     return done
 
 
-def with_arms(config: Config, arms: Sequence[Control]) -> Config:
+def with_arms(config: Config, arms: Sequence[str]) -> Config:
     """The config with further controls."""
     return config.model_copy(update={"controls": tuple(dict.fromkeys([*config.controls, *arms]))})
 
 
 def wanted(
-    plan: Sequence[Stage], done: Mapping[str, bool], command: Command, number: int | None, arms: Sequence[Control]
+    plan: Sequence[Stage], done: Mapping[str, bool], command: Command, number: int | None, arms: Sequence[str]
 ) -> list[Stage]:
     """The stages of a command in one round, with everything that they need, in order."""
     rounds = max(s.round for s in plan)

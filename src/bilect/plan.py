@@ -20,7 +20,7 @@ import zstandard
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bilect.bilevel.cost import fit_flops, selecting_flops
-from bilect.config import Config, Control, SourceConfig, TrainConfig
+from bilect.config import Config, SourceConfig, TrainConfig
 from bilect.data.documents import Document, bad_record, read_input
 from bilect.data.sources import Input, inputs
 from bilect.errors import BilectError, reason
@@ -74,7 +74,7 @@ class _Corpus:
         return self.tokens / max(self.documents, 1)
 
 
-def plan_run(config: Config, out: Path, arms: Sequence[Control] = ()) -> list[PlannedStage]:
+def plan_run(config: Config, out: Path, arms: Sequence[str] = ()) -> list[PlannedStage]:
     """The stages of a run with their costs; writes nothing.
 
     Args:
@@ -233,6 +233,8 @@ class _Costs:
                 upper_length=self.upper.length,
             )
             return config.fit.steps * config.fit.lower_batch_size * self.pool.length, flops, "proxy"
+        if name.startswith("choose"):
+            return shard, 0.0, "proxy"  # what other methods cost is not foreseen
         if name == "score":
             return shard, forward_flops(self.score_model, shard, self.pool.length), "proxy"
         if name.startswith("evaluate"):

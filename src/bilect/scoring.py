@@ -64,29 +64,22 @@ def score_rows(
 
 
 def write_scores(
-    score_model: ScoreModel,
+    score: Callable[[np.ndarray], np.ndarray],
     store: TokenStore,
     rows: np.ndarray,
     folder: Path,
-    pad_id: int,
-    *,
-    batch_tokens: int = 8192,
-    bf16: bool = False,
-    on_tokens: Callable[[int], None] = lambda n: None,
+    on_found: Callable[[int], None] = lambda n: None,
 ) -> list[Path]:
     """Score rows into one file per token file of the store, ``folder/00000-STEM.parquet``; returns the files.
 
     Of several ranks, each takes every so-manieth file.
 
     Args:
-        score_model: in evaluation mode.
+        score: scores of some rows of the store, in their order; higher means keep.
         store: of the documents.
         rows: which of them, sorted.
         folder: of the score files; those that are there already are kept.
-        pad_id: padding token.
-        batch_tokens: padded tokens per batch.
-        bf16: matrix products in bfloat16.
-        on_tokens: called with the number of tokens just scored, or found scored.
+        on_found: called with the number of tokens found scored.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -96,14 +89,12 @@ def write_scores(
         if number % distributed.world_size() != distributed.rank():
             continue
         if files[-1].exists():
-            on_tokens(int(store.length_R[own].sum()))
+            on_found(int(store.length_R[own].sum()))
             continue
         draft = files[-1].with_suffix(".partial")
         with pq.ParquetWriter(draft, _SCHEMA) as writer:
             for some in _pieces(own, ROWS_AT_ONCE):
-                scores = score_rows(
-                    score_model, store, some, pad_id, batch_tokens=batch_tokens, bf16=bf16, on_tokens=on_tokens
-                )
+                scores = np.asarray(score(some), dtype=np.float32)
                 columns = [store.doc_ids(some), store.sources(some), store.length_R[some], scores]
                 writer.write_table(pa.table(columns, schema=_SCHEMA))
         os.replace(draft, files[-1])

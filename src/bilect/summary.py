@@ -90,6 +90,10 @@ def _costs(records: dict[str, Any], key: str) -> dict[str, float]:
 def _sums(records: dict[str, Any], key: str, arms: list[str]) -> dict[str, float]:
     parts: dict[str, tuple[str, ...]] = {"selection": ("warm up proxy", ": fit", ": score", ": select")}
     parts |= {arm: (f": train {arm}",) for arm in arms}
+    for arm in arms:
+        if chosen := [r for stage, r in records.items() if stage.endswith(f": choose {arm}")]:
+            proxy = ("warm up proxy",) if chosen[0].get("uses_proxy") else ()
+            parts[f"choosing {arm}"] = (*proxy, f": choose {arm}")
     return {
         name: round(sum(float(r.get(key, 0.0)) for stage, r in records.items() if stage.endswith(ends)), 3)
         for name, ends in parts.items()

@@ -177,6 +177,9 @@ def _table(summary: dict[str, Any]) -> Any:
             for name, figures in sets.items():
                 table.add_row(f"  {name}", f"{figures['loss']:.4f}", f"{figures['perplexity']:.1f}", "", "", "")
     table.add_section()
-    cost = summary["cost"]["seconds"]["selection"], summary["cost"]["flops"]["selection"] / 1e12
-    table.add_row("choosing (bliss only)", "", "", "", f"{cost[0]:.0f}", f"{cost[1]:.2f}")
+    for name in summary["cost"]["seconds"]:
+        if name == "selection" or name.startswith("choosing "):
+            label = "choosing bliss" if name == "selection" else name
+            cost = summary["cost"]["seconds"][name], summary["cost"]["flops"][name] / 1e12
+            table.add_row(label, "", "", "", f"{cost[0]:.0f}", f"{cost[1]:.2f}")
     return table

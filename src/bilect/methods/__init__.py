@@ -7,7 +7,7 @@ entry point of the group ``bilect.methods``, whose name is the method's; built-i
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from bilect.errors import BilectError, reason
 if TYPE_CHECKING:
     from bilect.methods.contract import DocumentMethod, Inputs, Method
 
-__all__ = ["GROUP", "get", "load", "make", "names"]
+__all__ = ["GROUP", "choosers", "get", "load", "make", "names"]
 
 GROUP = "bilect.methods"
 
@@ -75,6 +75,32 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> "Any":
         return method(method.Config.model_validate(dict(settings or {})))
     except ValidationError as error:
         raise BilectError(f"{name}: {explain_wrong(error, method.Config)}") from error
+
+
+def choosers(arms: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Checked settings of the document methods among some arms, by name; "random" and "full" need no method.
+
+    Args:
+        arms: names.
+        settings: by name, where they differ from the defaults.
+
+    Raises:
+        BilectError: no such method, or not one of documents; wrong settings, or settings of another arm.
+    """
+    from bilect.methods.contract import DocumentMethod
+
+    found = {}
+    for arm in arms:
+        if arm in ("random", "full"):
+            continue
+        if arm == "bliss":
+            raise BilectError("controls: bliss is what the run itself does; leave it out")
+        if not issubclass(get(arm), DocumentMethod):
+            raise BilectError(f"controls: {arm} does not choose documents")
+        found[arm] = make(arm, settings.get(arm)).config.model_dump(mode="json")
+    if unused := [name for name in settings if name not in found]:
+        raise BilectError(f"methods: settings of {unused[0]!r}, which is none of the controls that choose documents")
+    return found
 
 
 def load(folder: Path, inputs: "Inputs") -> "DocumentMethod[Any]":

@@ -85,12 +85,14 @@ class Method(ABC, Generic[C]):
         summary: one line, with the paper.
         Config: class of the settings, a frozen pydantic model that forbids extra keys.
         uses_upper: whether upper data say what is kept.
+        uses_proxy: whether it needs the warm proxy, whose training then is part of its cost.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[BaseModel]] = MethodConfig
     uses_upper: ClassVar[bool] = True
+    uses_proxy: ClassVar[bool] = True
 
     def __init__(self, config: C | None = None) -> None:
         self.config: C = self.Config() if config is None else config  # type: ignore[assignment]

@@ -44,6 +44,7 @@ class Dsir(DocumentMethod[DsirConfig]):
     name = "dsir"
     summary = "importance weights of hashed word n-grams, target over pool (arXiv 2302.03169)"
     Config = DsirConfig
+    uses_proxy = False
     log_ratio_H = np.zeros(0)  # log(p + eps) - log(q + eps), H buckets
 
     def score(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ class Full(DocumentMethod[MethodConfig], TokenMethod[MethodConfig]):
 
     name = "full"
     summary = "no selection, the other control; of documents and of tokens"
-    uses_upper = False
+    uses_upper = uses_proxy = False
 
     def score(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
         """Zeros."""

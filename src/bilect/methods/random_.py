@@ -14,7 +14,7 @@ class Random(DocumentMethod[MethodConfig]):
 
     name = "random"
     summary = "uniform documents, the control"
-    uses_upper = False
+    uses_upper = uses_proxy = False
 
     def score(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
         """See the class."""

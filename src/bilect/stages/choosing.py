@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,17 +17,20 @@ from bilect.bilevel.offline import BilevelFit
 from bilect.data.loading import BatchStream, SetStream
 from bilect.errors import BilectError, reason
 from bilect.export import attach_text, extremes
+from bilect.methods import load as load_method
+from bilect.methods import make as make_method
+from bilect.methods.contract import Inputs
 from bilect.models.flops import forward_flops
 from bilect.models.loading import load_score_model
 from bilect.models.score_model import ScoreModel
 from bilect.run_dir import derive_seed, write_json
 from bilect.runtime import distributed
 from bilect.runtime.checkpoints import all_finite, load_state, save_state
-from bilect.scoring import write_scores
+from bilect.scoring import score_rows, write_scores
 from bilect.stages.context import Figures, RunContext, target_folder
 from bilect.stages.last_good import keep_last_good
 
-__all__ = ["fit", "score", "score_pool", "select"]
+__all__ = ["choose", "fit", "score", "score_pool", "select"]
 
 SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 6, 1500
 
@@ -102,28 +106,71 @@ def score_pool(run: RunContext, model: Path, rows: np.ndarray, out: Path, title:
     pool, score_model = run.pool(), load_score_model(model).to(run.device)
     tokens = int(pool.length_R[rows].sum())
     with run.progress.task(title, tokens, unit="tokens") as task:
-        write_scores(
+        score = partial(
+            score_rows,
             score_model,
             pool,
-            rows,
-            out,
-            run.pad_id,
+            pad_id=run.pad_id,
             batch_tokens=run.config.score_batch_tokens,
             bf16=run.config.fit.bf16,
             on_tokens=task.advance,
         )
+        write_scores(score, pool, rows, out, task.advance)
     return {"tokens": tokens, "flops": forward_flops(score_model, tokens, tokens / len(rows))}
 
 
 def select(run: RunContext, scratch: Path, number: int) -> Figures:
     """Keep the top, with its text; account for it by source; show the extremes."""
+    return _keep(run, run.root / f"round-{number}" / "scores", scratch / f"round-{number}", number)
+
+
+def choose(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
+    """A control chooses its documents by another method: fit, score the shard, keep the top by the same rules."""
+    config, pool, folder = run.config, run.pool(), Path("controls") / arm / f"round-{number}"
+    method, rows = make_method(arm, config.methods.get(arm)), run.shard(number, len(pool))
+    inputs = Inputs(
+        pool,
+        rows,
+        run.upper_sets(),
+        proxy=run.root / "warmup" / "proxy",
+        target=run.root / target_folder(arm, number - 1),
+        scratch=scratch / ".fit",
+        pad_id=run.pad_id,
+        seed=derive_seed(config.seed, "method", arm, number),
+        device=run.device,
+        bf16=config.fit.bf16,
+        batch_tokens=config.score_batch_tokens,
+        checkpoint_every=config.checkpoint_every,
+    )
+    saved = scratch / ".method"
+    with run.progress.task(f"round {number}: fit {arm}") as task:
+        if (saved / "flops.json").is_file():  # the fit of an attempt that was interrupted later
+            method, flops = load_method(saved, inputs), json.loads((saved / "flops.json").read_text(encoding="utf-8"))
+        else:
+            flops = method.fit(inputs, task)["flops"]
+            method.save(saved)
+            if distributed.is_main():
+                write_json(saved / "flops.json", flops)
+    tokens = int(pool.length_R[rows].sum())
+    with run.progress.task(f"round {number}: score by {arm}", tokens, unit="tokens") as task:
+
+        def score(some: np.ndarray) -> np.ndarray:
+            scores = method.score(pool, some)
+            task.advance(int(pool.length_R[some].sum()))
+            return scores
+
+        write_scores(score, pool, rows, scratch / folder / "scores", task.advance)
+    figures = _keep(run, scratch / folder / "scores", scratch / folder, number)
+    return {**figures, "flops": flops + method.score_flops(pool, rows), "uses_proxy": method.uses_proxy}
+
+
+def _keep(run: RunContext, scores: Path, out: Path, number: int) -> Figures:
     clusters = run.clusters()
     if not distributed.is_main():
         return {}
-    config, out = run.config, scratch / f"round-{number}"
-    scores, seed = run.root / f"round-{number}" / "scores", derive_seed(config.seed, "select", number)
+    config, pool = run.config, run.pool()
+    seed = derive_seed(config.seed, "select", number)
     chosen = selection.select(scores, out / "selected", config.selection, seed=seed, clusters=clusters)
-    pool = run.pool()
     write_json(out / "extremes.json", extremes(out / "selected", pool, SHOWN_DOCUMENTS, SHOWN_CHARACTERS))
     attach_text(out / "selected", pool, config.selection.format)
     if chosen.note:

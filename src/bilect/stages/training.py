@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
 from bilect import evaluation
-from bilect.config import TrainConfig
+from bilect.config import TOKEN_METHODS, TrainConfig
 from bilect.data.loading import UpperBatches
 from bilect.data.near_duplicates import within_cap
 from bilect.data.tokens import TokenStore
@@ -29,6 +29,7 @@ from bilect.training import NotANumberError, Online, forget_training, train
 __all__ = ["PROBE_DOCUMENTS", "evaluate", "fidelity", "publish", "train_arm", "warm_up"]
 
 PROBE_DOCUMENTS = 256
+WHOLE_POOL = ("full", *TOKEN_METHODS)  # arms that train on all documents
 
 
 def warm_up(run: RunContext, scratch: Path, role: str) -> Figures:
@@ -61,7 +62,7 @@ def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
     before, settings = run.root / target_folder(arm, number - 1), run.config.training
     labels = ("train", number)
     return _train(run, model, pool, rows, scratch, out, settings, title, labels, decayed=True, start_from=before,
-                  weight_R=None if arm in ("bliss", "random") else pool.weight_R, online=_online(run, arm))  # fmt: skip
+                  weight_R=pool.weight_R if arm in WHOLE_POOL else None, online=_online(run, arm))  # fmt: skip
 
 
 def _online(run: RunContext, arm: str) -> Online | None:
@@ -147,10 +148,10 @@ def publish(run: RunContext, scratch: Path) -> Figures:
 
 def _rows_of(run: RunContext, arm: str, number: int, pool: TokenStore) -> np.ndarray:
     shard = run.shard(number, len(pool))
-    if arm not in ("bliss", "random"):
+    if arm in WHOLE_POOL:
         return shard
-    if arm == "bliss":
-        ids = set(kept_ids(run.root / f"round-{number}" / "selected"))
+    if arm != "random":
+        ids = set(kept_ids((run.root / target_folder(arm, number)).with_name("selected")))
         return np.array([i for i, d in zip(shard, pool.doc_ids(shard), strict=True) if d in ids])
     generator = np.random.default_rng(derive_seed(run.config.seed, "random", number))
     order = generator.permutation(shard)
