@@ -93,7 +93,7 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
     add("eval", 0, "evaluate warm", training.evaluate, [], after, folder="warmup/target")
 
     arms = ["bliss", *config.controls]
-    chosen = choosers([arm for arm in config.controls if arm not in TOKEN_METHODS], config.methods)
+    chosen = _choosers(config)
     ready = {arm: "warm up target" for arm in arms}  # the last stage of each arm's target
     carried = ["warm up proxy", "tokenise targets"]  # what the next fit starts from, besides the target
     for n in range(1, config.rounds + 1):
@@ -149,6 +149,7 @@ def run(
     distributed.start()
     main = distributed.is_main()
     config = with_arms(config, arms)
+    _choosers(config)  # wrong ones leave no run directory behind
     out = out.resolve()
     context = RunContext(out, config, progress if progress is not None and main else SilentProgress())
     inputs = texts.input_hashes(context)
@@ -188,6 +189,10 @@ def states(plan: Sequence[Stage], manifest: Mapping[str, Any]) -> dict[str, bool
         keys[s.name] = stage_key(s.name, s.settings, [keys[name] for name in s.after])
         done[s.name] = records.get(s.name, {}).get("key") == keys[s.name]
     return done
+
+
+def _choosers(config: Config) -> dict[str, dict[str, Any]]:
+    return choosers([arm for arm in config.controls if arm not in TOKEN_METHODS], config.methods)
 
 
 def with_arms(config: Config, arms: Sequence[str]) -> Config:

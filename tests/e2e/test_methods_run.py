@@ -99,4 +99,4 @@ def test_killed_and_started_again(corpus, finished, tmp_path):
 def test_wrong_settings_are_one_line_and_nothing_is_written(corpus, tmp_path, changes, message):
     with pytest.raises(BilectError, match=message) as error:
         run(parse_config(settings(corpus, **changes)), tmp_path / "run")
-    assert "\n" not in str(error.value) and not (tmp_path / "run" / "tokens").exists()
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()

@@ -42,9 +42,7 @@ def get(name: str) -> "type[Method[Any]]":
             raise BilectError(f"methods: {module} has no method of the name {name!r}")
         return own[0]
     if (entry := _registered().get(name)) is None:
-        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names())}"
-        raise BilectError(f"methods: there is no method {name!r}; {hint}")
+        raise BilectError(f"methods: {_unknown(name)}")
     try:
         method = entry.load()
     except Exception as error:  # anything can happen in another package
@@ -95,6 +93,8 @@ def choosers(arms: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> 
             continue
         if arm == "bliss":
             raise BilectError("controls: bliss is what the run itself does; leave it out")
+        if arm not in names():
+            raise BilectError(f"controls: {_unknown(arm)}")
         if not issubclass(get(arm), DocumentMethod):
             raise BilectError(f"controls: {arm} does not choose documents")
         found[arm] = make(arm, settings.get(arm)).config.model_dump(mode="json")
@@ -110,6 +110,12 @@ def load(folder: Path, inputs: "Inputs") -> "DocumentMethod[Any]":
     method = get(saved_name(folder))
     assert issubclass(method, DocumentMethod)  # only these save
     return method.load(folder, inputs)
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(names())}"
+    return f"there is no method {name!r}; {hint}"
 
 
 def _modules() -> dict[str, str]:
