@@ -32,7 +32,9 @@ class BladeConfig(BaseModel):
     sync_every: Positive | dict[Step, Positive] = Field(
         1000, description="T, steps between synchronisations (paper: 500 to 2000 all alike); or by step, as keep_ratio"
     )
-    reference_steps: Positive = Field(300, description="K, steps of the reference at each synchronisation (paper: 300)")
+    reference_steps: Positive = Field(
+        300, description="K, steps of the reference at each synchronisation (paper: 300); rho1: in all"
+    )
     penalty: NonNegative = Field(1.0, description="lambda, weight of the training loss in the reference's objective")
     granularity: Literal["token", "sequence"] = Field("token", description="what is kept or left out")
     scope: Literal["global", "local"] = Field("global", description="the best over all ranks, or over each rank")

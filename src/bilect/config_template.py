@@ -62,7 +62,7 @@ def starting_values(pool: Sequence[str], upper: Sequence[str], heldout: Sequence
         "fit": {"steps": 80, "proxy_learning_rate": 5e-4, "score_learning_rate": 1e-3},
         "selection": {"keep_ratio": 0.2},
         "training": {**training, "steps": 120, "decay_steps": 20},
-        "online": {"method": "full"},
+        "online": {"method": "full", "sync_every": 40, "reference_steps": 12, "diagnose_every": 10},
         "rounds": 1,
     }
 
