@@ -168,10 +168,21 @@ class OptimizerTrainer(Trainer):
 
 
 class SelectingTrainer(OptimizerTrainer, BladeTrainer):
-    """Trains the causal LM on the tokens that are chosen at every step; ``upper_dataset`` gives whole batches."""
+    """Trains the causal LM on the tokens that are chosen at every step; ``upper_dataset`` gives whole batches.
+
+    Windows name their sources, in strings, which default collators drop.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, data_collator=_with_sources, **kwargs)
 
     def _upper_loader(self, dataset: Any) -> Any:
         return dataset
+
+
+def _with_sources(windows: list[dict[str, Any]]) -> dict[str, Any]:
+    columns = {k: [window[k] for window in windows] for k in windows[0]}
+    return {k: torch.stack(v) if isinstance(v[0], Tensor) else v for k, v in columns.items()}
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -177,7 +177,7 @@ def train(
         if not decay:
             torch.save(selector.state_dict(), folder / SELECTOR_FILE.format(rank=distributed.rank()))
             if distributed.is_main():
-                write_json(folder / "online.json", _account(online, selector, windows.sources))
+                write_json(folder / "online.json", _account(online, selector))
         world = distributed.world_size()
         made = selector.synchronisations - carried.get("synchroniser", {}).get("count", 0)
         flops += selecting_flops(online.config, model, tokens=tokens, context=context, upper_tokens=online.upper.tokens,
@@ -199,13 +199,13 @@ def forget_training(folder: Path, *, decay: bool = False) -> None:
         output.parent.rmdir()
 
 
-def _account(online: Online, selector: OnlineTokenSelector, sources: list[str]) -> dict[str, Any]:
-    """What the selection did so far: its diagnostics, with names of sources and text of tokens."""
+def _account(online: Online, selector: OnlineTokenSelector) -> dict[str, Any]:
+    """What the selection did so far, earlier rounds included: its diagnostics, with the text of tokens."""
 
     def entry(seen: dict[str, Any]) -> dict[str, Any]:
         documents = [{"text": [online.decode(i) for i in d["tokens"]], "delta": d["delta"], "mask": d["mask"]}
                      for d in seen["documents"]]  # fmt: skip
-        return {**seen, "sources": {sources[int(k)]: v for k, v in seen["sources"].items()}, "documents": documents}
+        return {**seen, "documents": documents}
 
     used = {"method", "keep_ratio", *(["reference_steps"] if online.config.needs_upper_data else []),
             *(["sync_every"] if online.config.method == "blade" else [])}  # fmt: skip

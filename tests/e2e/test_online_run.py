@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -11,12 +12,15 @@ from safetensors.torch import load_file
 from bilect.bilevel.cost import selecting_flops
 from bilect.blade_config import BladeConfig
 from bilect.cli import main
-from bilect.config import parse_config
+from bilect.config import TrainConfig, parse_config
 from bilect.data.loading import PackedWindows, SetStream, UpperBatches
 from bilect.data.tokens import TokenStore
 from bilect.models.flops import forward_flops
+from bilect.models.loading import load_causal_lm
 from bilect.pipeline import run
+from bilect.progress import SilentProgress
 from bilect.stages.context import open_pool
+from bilect.training import Online, train
 from tests.corpus import tiny_settings
 from tests.helpers import tiny_lm
 
@@ -162,7 +166,26 @@ def test_windows_are_labelled_with_the_source_of_most_of_their_text(compared):
         starts = windows.ends - pool.length_R[windows.order]
         inside = {k: min(windows.ends[k], (i + 1) * CONTEXT) - max(starts[k], i * CONTEXT) for k in range(len(starts))}
         longest = max(inside, key=lambda k: inside[k])
-        assert windows.sources[int(windows[i]["source"])] == sources[windows.order[longest]]
+        assert windows[i]["source"] == sources[windows.order[longest]]
+
+
+def test_sources_keep_their_names_where_the_training_goes_on_with_other_documents(compared, tmp_path):
+    out, _ = compared
+    pool, rows = open_pool(out / "tokens"), np.arange(240)
+    of = np.array(pool.sources(rows))
+    config = TrainConfig(steps=4, batch_size=2, decay_steps=0)
+    upper = UpperBatches([TokenStore(out / "tokens" / "upper" / "upper.arrow")], [1.0], 2, 0, 7)
+    online = Online(BladeConfig(method="random-token", diagnose_every=2), upper, str)
+    told = []
+    for source, before in (("weather", None), ("maths", tmp_path / "weather")):
+        folder = tmp_path / source
+        folder.mkdir()
+        with SilentProgress().task("") as task:
+            train(load_causal_lm(str(out / "warmup" / "target")), pool, rows[of == source], folder, config,
+                  context=CONTEXT, seed=0, task=task, checkpoint_every=99, start_from=before, online=online,
+                  device=torch.device("cpu"))  # fmt: skip
+        told.append([list(e["sources"]) for e in json.loads((folder / "online.json").read_text())["entries"]])
+    assert told == [[["weather"]] * 2, [["weather"]] * 2 + [["maths"]] * 2]
 
 
 def test_operations_of_a_selection():

@@ -192,7 +192,7 @@ def length_bucketed(length_R: np.ndarray, rows: np.ndarray, batch_tokens: int) -
         start += size
 
 
-class PackedWindows(Dataset[dict[str, Tensor]]):
+class PackedWindows(Dataset[dict[str, Any]]):
     """Documents laid end to end in random order and cut into windows of ``context`` tokens: no padding is trained on.
 
     Pass after pass, each in a new order, until ``n_windows`` are full; so arms that keep different amounts of text
@@ -205,7 +205,7 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
         n_windows: length of the dataset.
         seed: of the orders.
         weight_R: how often a pass has each row of the store, see ``one_pass``.
-        label_sources: say of each window, in ``source``, from which of ``sources`` most of it comes.
+        label_sources: name, in ``source``, the source that most of a window comes from.
 
     Attributes:
         passes: over the rows, as many as it takes (with weights: on average).
@@ -248,7 +248,7 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.n_windows
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < self.n_windows:
             raise IndexError(index)
         first = index * self.context
@@ -265,9 +265,9 @@ class PackedWindows(Dataset[dict[str, Tensor]]):
             labels.append(learned[part])
             parts.append(self.order[k])
             k += 1
-        window = {"input_ids": torch.cat(ids), "labels": torch.cat(labels)}
+        window: dict[str, Any] = {"input_ids": torch.cat(ids), "labels": torch.cat(labels)}
         window["labels"][0] = IGNORE  # nothing precedes it
         if self.sources:
             longest = max(range(len(ids)), key=lambda i: len(ids[i]))
-            window["source"] = torch.tensor(int(self._source_R[parts[longest]]))
+            window["source"] = self.sources[self._source_R[parts[longest]]]
         return window
