@@ -4,7 +4,6 @@ Five documents a batch, so the ranks hold unequal parts with unequal numbers of 
 """
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,22 +11,9 @@ import torch
 
 from tests.distributed import online_on_ranks
 from tests.distributed.online_on_ranks import LENGTHS, SCENARIOS, STEPS
-from tests.distributed.ranks import run_script
 
+SCRIPT = online_on_ranks
 LIMIT = 300  # seconds, for a machine that does much else; it takes about 20
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the ranks left their results."""
-    out = tmp_path_factory.mktemp("ranks") / "out"
-    run_script(online_on_ranks.__file__, out, LIMIT)
-    return out
-
-
-@pytest.fixture(scope="module", params=[2, 3])
-def ranks(request: pytest.FixtureRequest, results: Path) -> list[dict[str, Any]]:
-    return [torch.load(f"{results}.{request.param}.{rank}") for rank in range(request.param)]
 
 
 @cache

@@ -4,7 +4,6 @@ Five documents a batch, so the ranks hold unequal parts, padded to unequal width
 """
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,25 +12,12 @@ from torch import Tensor
 
 from tests.distributed import fit_on_ranks
 from tests.distributed.fit_on_ranks import SCENARIOS, STEPS
-from tests.distributed.ranks import run_script
 
+SCRIPT = fit_on_ranks
 LIMIT = 200  # seconds, for a machine that does much else; it takes about 20
 
 # d is a difference of float32 losses or gradients there: its rounding error is theirs, not that of a sum over ranks
 D_TOLERANCE = {"penalty": 5e-6, "differences": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the ranks left their results."""
-    out = tmp_path_factory.mktemp("ranks") / "out"
-    run_script(fit_on_ranks.__file__, out, LIMIT)
-    return out
-
-
-@pytest.fixture(scope="module", params=[2, 3])
-def ranks(request: pytest.FixtureRequest, results: Path) -> list[dict[str, Any]]:
-    return [torch.load(f"{results}.{request.param}.{rank}") for rank in range(request.param)]
 
 
 @cache

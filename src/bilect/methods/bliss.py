@@ -12,12 +12,13 @@ from bilect.bilevel.offline import BilevelFit
 from bilect.config import FitConfig
 from bilect.data.loading import BatchStream, SetStream
 from bilect.errors import BilectError
-from bilect.methods._resume import Stateful, resume, save
+from bilect.methods._resume import resume
 from bilect.methods._score_model import ScoreModelMethod
 from bilect.methods.contract import Figures
 from bilect.models.score_model import ScoreModel
 from bilect.progress import Task
 from bilect.run_dir import derive_seed
+from bilect.runtime.checkpoints import Stateful, save_parts
 
 __all__ = ["BilevelMethod", "Bliss", "BlissConfig"]
 
@@ -63,7 +64,7 @@ class BilevelMethod(ScoreModelMethod[B]):
                 raise BilectError(f"{self.name}: a loss is not a number at step {fit.steps_done}; lower "
                                   "proxy_learning_rate or score_learning_rate")  # fmt: skip
             if fit.steps_done % inputs.checkpoint_every == 0:
-                save(path, parts)
+                save_parts(path, parts)
             task.advance(1, upper_loss=figures["upper_loss"], score_spread=figures["score_std"])
         lengths = {"lower_length": float(inputs.pool.length_R[sample].mean()), "upper_length": upper.mean_length}
         last = {k: figures.get(k) for k in ("lower_loss", "upper_loss", "score_std")}

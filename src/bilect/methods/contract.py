@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -72,6 +73,11 @@ class Inputs:
     def load(self, folder: Path) -> PreTrainedModel:
         """A saved model, on the device."""
         return load_causal_lm(str(folder.resolve())).to(self.device)
+
+    @cached_property
+    def warm_proxy(self) -> PreTrainedModel:
+        """The warm proxy, read once, for methods that do not change it."""
+        return self.load(self.proxy)
 
 
 class Method(ABC, Generic[C]):

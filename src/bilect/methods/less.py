@@ -88,7 +88,7 @@ class Less(DocumentMethod[LessConfig]):
         given = [(Path(c.path), c.learning_rate) for c in self.config.checkpoints] or [(self.inputs.proxy, 1.0)]
         total = sum(rate for _, rate in given)
         for folder, rate in given:
-            model = self.inputs.load(folder)
+            model = self.inputs.warm_proxy if folder == self.inputs.proxy else self.inputs.load(folder)
             lm = CausalLM(model)
             yield rate / total, lm, last_blocks(lm, self.config.blocks), warm_adam(folder, model)
 

@@ -23,7 +23,7 @@ from bilect.functional.losses import token_losses
 from bilect.functional.trees import Tree, add_scaled
 from bilect.functional.weights import standardise
 from bilect.methods._influence import Adam, document_gradient, warm_adam
-from bilect.methods._resume import resume, save
+from bilect.methods._resume import resume
 from bilect.methods._score_model import ScoreModelMethod
 from bilect.methods.contract import Figures, MethodConfig
 from bilect.models.causal_lm import CausalLM
@@ -31,6 +31,7 @@ from bilect.models.flops import forward_flops
 from bilect.models.score_model import ScoreModel
 from bilect.progress import Task
 from bilect.run_dir import derive_seed
+from bilect.runtime.checkpoints import save_parts
 from bilect.runtime.device import autocast
 
 __all__ = ["Mates", "MatesConfig", "Probe"]
@@ -75,9 +76,9 @@ class Mates(ScoreModelMethod[MatesConfig]):
         for row in rows[len(probe.influence) :]:
             probe.measure(inputs.pool.row(row))
             if len(probe.influence) % inputs.checkpoint_every == 0:
-                save(path, {"probe": probe})
+                save_parts(path, {"probe": probe})
             task.advance(1)
-        save(path, {"probe": probe})
+        save_parts(path, {"probe": probe})
         value_R = standardise(torch.tensor(probe.influence, dtype=torch.float64)).float()
         held_out = max(round(HELD_OUT * len(rows)), 2)
         head = torch.Generator().manual_seed(derive_seed(inputs.seed, "score head"))

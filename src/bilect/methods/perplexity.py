@@ -51,7 +51,7 @@ class Perplexity(DocumentMethod[PerplexityConfig]):
     def score_flops(self, store: TokenStore, rows: np.ndarray) -> float:
         """A forward pass of the proxy."""
         tokens = float(store.length_R[rows].sum())
-        return forward_flops(self.inputs.load(self.inputs.proxy), tokens, tokens / len(rows))
+        return forward_flops(self.inputs.warm_proxy, tokens, tokens / len(rows))
 
     def _fit(self, task: Task) -> Figures:
         if self.config.keep != "middle":
@@ -65,7 +65,7 @@ class Perplexity(DocumentMethod[PerplexityConfig]):
     def _losses(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
         inputs = self.inputs
         with autocast(inputs.device, inputs.bf16):
-            return document_losses(inputs.load(inputs.proxy), store, rows, inputs.pad_id, inputs.batch_tokens)
+            return document_losses(inputs.warm_proxy, store, rows, inputs.pad_id, inputs.batch_tokens)
 
     def _write(self, folder: Path) -> None:
         np.save(folder / "losses.npy", self.losses)

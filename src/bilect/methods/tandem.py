@@ -33,13 +33,14 @@ from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
 from bilect.functional.trees import add_scaled, scale
 from bilect.methods._noise import gumbel
-from bilect.methods._resume import Stateful, resume, save
+from bilect.methods._resume import resume
 from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
 from bilect.progress import Task
 from bilect.run_dir import derive_seed, write_json
 from bilect.runtime import distributed
+from bilect.runtime.checkpoints import Stateful, save_parts
 
 __all__ = ["Tandem", "TandemConfig", "TandemFit"]
 
@@ -103,7 +104,7 @@ class Tandem(DocumentMethod[TandemConfig]):
             if not np.isfinite(loss):
                 raise BilectError(f"tandem: a loss is not a number at step {fit.steps_done}; lower learning_rate")
             if fit.steps_done % inputs.checkpoint_every == 0:
-                save(path, parts)
+                save_parts(path, parts)
             task.advance(1, upper_loss=loss)
         length_R = inputs.pool.length_R[inputs.rows].astype(np.float64)
         self.weights = dict(zip(sources, fit.alpha_G.tolist(), strict=True))

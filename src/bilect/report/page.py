@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,25 @@ def write_page(run_dir: Path) -> Path:
     return target
 
 
-def render(run: RunFiles) -> str:
-    """The page as HTML. Everything is escaped by the template, except the figures, whose XML is already."""
+def render_template(template: str, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
+    """A page from a template of this package. All is escaped, except figures (``svg``), whose XML is already."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
-        loader=PackageLoader("bilect.report", "."),
+        loader=PackageLoader("bilect", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    environment.filters.update(svg=Markup, **filters)
+    return environment.get_template(template).render(**values).rstrip() + "\n"
+
+
+def render(run: RunFiles) -> str:
+    """The page as HTML."""
+    filters = dict(
         decimal=wording.decimal,
         signed=wording.signed,
         whole=wording.whole,
@@ -51,9 +57,10 @@ def render(run: RunFiles) -> str:
         percent=wording.percent,
         power=wording.power,
         duration=wording.duration,
-        svg=Markup,
     )
-    page = environment.get_template("template.html.j2").render(
+    return render_template(
+        "report/template.html.j2",
+        filters,
         name=run.name,
         missing=run.missing,
         arms=figures.LONG_ARMS,
@@ -69,7 +76,6 @@ def render(run: RunFiles) -> str:
         documents=_documents(run),
         origin=_origin(run),
     )
-    return page.rstrip() + "\n"
 
 
 def _result(run: RunFiles) -> Json:

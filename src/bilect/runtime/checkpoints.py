@@ -3,17 +3,26 @@
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bilect.errors import BilectError, reason
+from bilect.runtime import distributed
 
-__all__ = ["all_finite", "check_readable", "load_state", "save_state"]
+__all__ = ["Stateful", "all_finite", "check_readable", "load_parts", "load_state", "save_parts", "save_state"]
+
+
+class Stateful(Protocol):
+    """Anything with a state."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -48,6 +57,26 @@ def load_state(path: Path, remedy: str, device: torch.device | str = "cpu") -> d
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a broken pickle raises anything
         raise BilectError(f"checkpoint: cannot read {path} ({reason(error)}); {remedy}") from error
+
+
+def save_parts(path: Path, parts: Mapping[str, Stateful]) -> None:
+    """Write the states of all parts, on the main rank; the others are in the same state."""
+    if distributed.is_main():
+        save_state(path, {name: part.state_dict() for name, part in parts.items()})
+
+
+def load_parts(path: Path, parts: Mapping[str, Stateful], remedy: str, device: torch.device) -> None:
+    """Read them back.
+
+    Raises:
+        BilectError: the file is broken, or of other parts.
+    """
+    state = load_state(path, remedy, device)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise BilectError(f"checkpoint: {path} does not fit ({reason(error)}); {remedy}") from error
 
 
 def check_readable(folder: Path, remedy: str) -> None:

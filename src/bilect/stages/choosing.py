@@ -15,7 +15,7 @@ from bilect import selection
 from bilect.bilevel.cost import fit_flops
 from bilect.bilevel.offline import BilevelFit
 from bilect.data.loading import BatchStream, SetStream
-from bilect.errors import BilectError, reason
+from bilect.errors import BilectError
 from bilect.export import attach_text, extremes
 from bilect.methods import load as load_method
 from bilect.methods import make as make_method
@@ -25,7 +25,7 @@ from bilect.models.loading import load_score_model
 from bilect.models.score_model import ScoreModel
 from bilect.run_dir import derive_seed, write_json
 from bilect.runtime import distributed
-from bilect.runtime.checkpoints import all_finite, load_state, save_state
+from bilect.runtime.checkpoints import all_finite, load_parts, save_parts
 from bilect.scoring import score_rows, write_scores
 from bilect.stages.context import Figures, RunContext, target_folder
 from bilect.stages.last_good import keep_last_good
@@ -192,33 +192,33 @@ class _Checkpoint:
 
     def __init__(self, path: Path, fit: BilevelFit, lower: BatchStream, upper: SetStream, log: BinaryIO) -> None:
         self.path, self.log = path, log
-        self.parts: dict[str, Any] = {"fit": fit, "lower": lower, "upper": upper}
+        self.parts: dict[str, Any] = {"fit": fit, "lower": lower, "upper": upper, "log": self}
         self.params = [*fit.params.values(), *fit.score_model.parameters()]
 
     def save(self) -> None:
         """On the main rank; the others are in the same state."""
-        if distributed.is_main():
-            self.log.flush()
-            os.fsync(self.log.fileno())
-            states = {name: part.state_dict() for name, part in self.parts.items()}
-            save_state(self.path, {**states, "log_bytes": self.log.tell()})
+        save_parts(self.path, self.parts)
 
     def resume(self, device: torch.device) -> int:
         """Go on from what an interrupted attempt has saved, and return its steps: 0 where there is nothing."""
-        state: dict[str, Any] = {"log_bytes": 0}
         if self.path.is_file():
-            remedy = f"delete {self.path.parent} to start the stage again"
-            state = load_state(self.path, remedy, device)
-            try:
-                for name, part in self.parts.items():
-                    part.load_state_dict(state[name])
-                if distributed.is_main() and self.log.tell() < state["log_bytes"]:
-                    raise ValueError("metrics.jsonl is shorter than it was")
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise BilectError(f"checkpoint: {self.path} does not fit ({reason(error)}); {remedy}") from error
-        if distributed.is_main():
-            self.log.truncate(state["log_bytes"])
+            load_parts(self.path, self.parts, f"delete {self.path.parent} to start the stage again", device)
+        else:
+            self.load_state_dict({"bytes": 0})
         return self.parts["fit"].steps_done
+
+    def state_dict(self) -> dict[str, int]:
+        """How long the log is, all of it on the disk."""
+        self.log.flush()
+        os.fsync(self.log.fileno())
+        return {"bytes": self.log.tell()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Cut the log back to that."""
+        if distributed.is_main():
+            if self.log.tell() < state["bytes"]:
+                raise ValueError("metrics.jsonl is shorter than it was")
+            self.log.truncate(state["bytes"])
 
     def weights(self) -> list[Tensor]:
         """Copies of the weights of both models."""

@@ -5,6 +5,7 @@ from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
+from bilect.report.page import render_template
 from bilect.verify.figures import Lines, group, lines_figure
 
 __all__ = ["render"]
@@ -13,20 +14,11 @@ Rows = Sequence[dict[str, Any]]
 
 
 def render(result: dict[str, Any]) -> str:
-    """HTML of a ``verify.json``; everything is escaped but the figures, whose XML is already."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=PackageLoader("bilect", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(svg=Markup, short=lambda value: "–" if value is None else f"{value:.3g}")
+    """HTML of a ``verify.json``."""
     figures = result["figures"]
-    page = environment.get_template("verify/template.html.j2").render(
+    return render_template(
+        "verify/template.html.j2",
+        {"short": lambda value: "–" if value is None else f"{value:.3g}"},
         result=result,
         missed=[c for c in result["claims"] if not c["passed"]],
         choices=_choices(figures["selections"]),
@@ -40,7 +32,6 @@ def render(result: dict[str, Any]) -> str:
             "selections": _selections(figures["selections"]),
         },
     )
-    return page.rstrip() + "\n"
 
 
 def _problems(rows: Rows) -> list[str]:
