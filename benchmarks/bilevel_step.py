@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _memory import high_water
 from _published_step import PublishedStep
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +33,7 @@ from bilect.data.batch import Batch, make_batch
 from bilect.models.loading import load_causal_lm
 from bilect.models.score_model import ScoreModel
 from bilect.runtime.device import pick_device
+from bilect.runtime.memory import peak_gb
 
 Step = PublishedStep | BilevelFit
 
@@ -224,12 +224,12 @@ def memory_in_fresh_process(args: argparse.Namespace, name: str) -> dict[str, An
 
 def peak_memory(args: argparse.Namespace, device: torch.device, name: str) -> dict[str, float]:
     """Gigabytes after the models are loaded, and at the highest point of two steps."""
-    start = high_water(device)
+    start = peak_gb(device)
     step = builder(args, device)(name)
-    loaded = high_water(device) - start
+    loaded = peak_gb(device) - start
     for _ in range(2 if device.type == "cuda" else 1):
         step.step()
-    return {"models_gb": loaded, "peak_gb": high_water(device) - start}
+    return {"models_gb": loaded, "peak_gb": peak_gb(device) - start}
 
 
 def device_name(device: torch.device) -> str:

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import zstandard
-from _memory import high_water
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +36,7 @@ from bilect.data.tokens import TokenStore
 from bilect.models.loading import load_causal_lm, load_tokenizer, train_tokenizer
 from bilect.models.score_model import ScoreModel
 from bilect.runtime.device import autocast, pick_device
+from bilect.runtime.memory import peak_gb
 from bilect.scoring import ROWS_AT_ONCE, score_rows, write_scores
 
 FILES = 4
@@ -183,7 +183,7 @@ def memory_of(args: argparse.Namespace, work: Path, share: int) -> int:
 
 def memory(args: argparse.Namespace, work: Path) -> dict[str, int]:
     end_to_end(args, work, f"text-{args.share}", score_model(args), work / f"memory-{args.share}")
-    return {"peak": int(high_water() * 1e9)}
+    return {"peak": int(peak_gb() * 1e9)}
 
 
 if __name__ == "__main__":

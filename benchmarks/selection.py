@@ -22,9 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from _memory import high_water
 from rich.console import Console
 from rich.table import Table
+
+from bilect.runtime.memory import peak_gb
 
 FILES = 8
 SOURCES, SHARES = ["web", "books", "wiki", "code", "arxiv", "forum"], [0.5, 0.1, 0.05, 0.15, 0.1, 0.1]
@@ -95,7 +96,7 @@ def measure(scores: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": time.perf_counter() - begin,
         "cpu_seconds": time.process_time() - cpu,
-        "peak_gb": high_water(),
+        "peak_gb": peak_gb(),
         "rows": chosen.pool_documents,
         "kept": chosen.documents,
     }

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _memory import high_water
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -36,6 +35,7 @@ from bilect.bilevel.online import OnlineTokenSelector
 from bilect.models.loading import load_causal_lm
 from bilect.runtime import distributed
 from bilect.runtime.device import autocast, pick_device
+from bilect.runtime.memory import peak_gb
 
 Batch = dict[str, Tensor]
 K_OVER_T = 0.3
@@ -190,11 +190,11 @@ def _send(send: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -
 
 def peak_memory(args: argparse.Namespace, device: torch.device, kind: str) -> dict[str, float]:
     """Gigabytes at the highest point of three steps after the first, and the weights of one model."""
-    start = high_water(device)
+    start = peak_gb(device)
     step = Step(args, device, kind)
     weights = sum(p.numel() * p.element_size() for p in step.model.parameters()) / 1e9
     step()  # the synchronisation is in here
-    synchronised = high_water(device)
+    synchronised = peak_gb(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -202,7 +202,7 @@ def peak_memory(args: argparse.Namespace, device: torch.device, kind: str) -> di
             Path("/proc/self/clear_refs").write_text("5")  # starts the count anew
     for _ in range(2):
         step()
-    return {"peak_gb": high_water(device) - start, "with_sync_gb": synchronised - start, "weights_gb": weights}
+    return {"peak_gb": peak_gb(device) - start, "with_sync_gb": synchronised - start, "weights_gb": weights}
 
 
 def share_of_choosing(args: argparse.Namespace, device: torch.device, rank: int, port: int) -> float:

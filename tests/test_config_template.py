@@ -36,7 +36,7 @@ def test_every_setting_is_there_with_its_meaning():
 
     def settings(model: type[BaseModel]) -> None:
         for name, field in model.model_fields.items():
-            assert re.search(rf"^ *(# )?{name}:", text, flags=re.M), name
+            assert re.search(rf"^ *(# *)?{name}:", text, flags=re.M), name
             inner = field.annotation
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 settings(inner)

@@ -50,9 +50,22 @@ def test_help_needs_no_heavy_import():
     assert python(script).strip() == "[]"
 
 
-def test_examples_are_valid_settings():
-    files = sorted((ROOT / "examples").glob("*.yaml"))
-    assert files
-    for file in files:
-        config = load_config(file)
-        assert config.rounds == 4 and config.fit.steps == 3000 and config.selection.keep_ratio == 0.2
+def test_examples_are_valid_settings(tmp_path):
+    from bilect.compare.cells import cells
+    from bilect.methods import choosers
+
+    configs = {file.stem: load_config(file) for file in (ROOT / "examples").glob("*.yaml")}
+    published = configs["bliss"]
+    assert published.rounds == 4 and published.fit.steps == 3000 and published.selection.keep_ratio == 0.2
+    assert {"random", "full", "dsir", "perplexity", "mates", "less"} < {*configs["compare"].controls}
+    for config in configs.values():
+        assert all(choosers(cell.config) is not None for cell in cells(config, tmp_path))
+
+
+def test_ablations_change_one_thing_each():
+    """Of every claim of the papers that has a setting."""
+    config = load_config(ROOT / "examples" / "ablations.yaml")
+    keys = {key for changes in config.compare.variants.values() for key in changes}
+    assert keys >= {"fit.weighting", "fit.kl_coef", "fit.kl_direction", "fit.solver", "models.proxy", "reset_proxy",
+                    "carry_score_model", "rounds", "selection.keep_ratio", "online.sync_every",
+                    "online.reference_steps", "online.keep_ratio", "online.baseline"}  # fmt: skip

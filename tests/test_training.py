@@ -1,5 +1,6 @@
 """Training through the Trainer, evaluation, scoring and the count of operations, against plain renditions."""
 
+import json
 import math
 
 import numpy as np
@@ -37,10 +38,10 @@ def model(seed=0):
     return load_causal_lm(TINY, vocab_size=320, seed=seed)
 
 
-def run_training(store, folder, network, checkpoint_every=500, **settings):
+def run_training(store, folder, network, checkpoint_every=500, curve=None, **settings):
     config = TrainConfig(**{"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "decay_steps": 3, **settings})
     with SilentProgress().task("t") as task:
-        more = {"context": 32, "seed": 1, "task": task, "device": torch.device("cpu")}
+        more = {"context": 32, "seed": 1, "task": task, "device": torch.device("cpu"), "curve": curve}
         more["checkpoint_every"] = checkpoint_every
         folder.mkdir(exist_ok=True)
         return train(network, store, np.arange(len(store)), folder, config, **more), config, more
@@ -358,3 +359,52 @@ def test_flops_agree_with_the_counter(tied):
     assert forward_flops(network, 128, 64) == pytest.approx(counted, rel=0.02)
     score_model = ScoreModel.from_causal_lm(network, torch.Generator())
     assert forward_flops(score_model, 128, 64) == pytest.approx(counted - 128 * 2 * 16 * 320, rel=0.02)
+
+
+def test_a_curve_is_measured_beside_the_training(store, tmp_path):
+    from bilect.heldout_curve import HeldoutCurve
+
+    plain, watched = model(), model()
+    run_training(store, tmp_path / "a", plain)
+    curve = HeldoutCurve({"h": store}, every=4, documents=10, pad_id=0, batch_tokens=256)
+    figures, _, _ = run_training(store, tmp_path / "b", watched, curve=curve)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    logs = [(tmp_path / f / "training.jsonl").read_text() for f in ("a", "b")]
+    assert logs[0] == logs[1] and len(logs[0].splitlines()) == 6  # a point at a logged step takes nothing away
+    rows = np.sort(np.random.default_rng(0).permutation(len(store))[:10])
+    points = [json.loads(line) for line in (tmp_path / "b" / "heldout.jsonl").read_text().splitlines()]
+    assert [p["step"] for p in points] == [0, 4, 6]
+    for point, network in ((points[0], model()), (points[-1], watched)):
+        expected = evaluate(network, store, 0, rows=rows)
+        assert expected.documents == 10 and point["loss"]["h"] == pytest.approx(expected.loss, rel=1e-6)
+    assert figures["curve_seconds"] == pytest.approx(sum(p["seconds"] for p in points)) and figures["curve_seconds"] > 0
+
+
+def test_an_interrupted_curve_goes_on(store, tmp_path):
+    from bilect.heldout_curve import HeldoutCurve
+
+    curve = HeldoutCurve({"h": store}, every=2, documents=10, pad_id=0, batch_tokens=256)
+    run_training(store, tmp_path / "whole", model(), curve=curve)
+
+    class Killed(Exception):
+        pass
+
+    class Killing:
+        count = 0
+
+        def advance(self, amount=1, **figures):
+            self.count += amount
+            if self.count == 5:
+                raise Killed
+
+    config = TrainConfig(steps=6, batch_size=4, learning_rate=1e-2, decay_steps=3)
+    more = {"context": 32, "seed": 1, "device": torch.device("cpu"), "checkpoint_every": 2, "curve": curve}
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(Killed):
+        train(model(), store, np.arange(len(store)), tmp_path / "parts", config, task=Killing(), **more)
+    with SilentProgress().task("t") as task:
+        train(model(), store, np.arange(len(store)), tmp_path / "parts", config, task=task, **more)
+    lines = [[json.loads(line) for line in (tmp_path / f / "heldout.jsonl").read_text().splitlines()]
+             for f in ("whole", "parts")]  # fmt: skip
+    assert [(p["step"], p["loss"]) for p in lines[0]] == [(p["step"], p["loss"]) for p in lines[1]]
+    assert [p["step"] for p in lines[0]] == [0, 2, 4, 6]

@@ -210,14 +210,46 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="Config (YAML) of a run; its controls are what is compared.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder; an unfinished comparison there goes on.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Every method over several seeds at equal tokens: gains with their intervals, costs, learning curves, overlap."""
+    from bilect.terminal import compare_with_progress, plan_comparison
+
+    (plan_comparison if dry_run else compare_with_progress)(config, out, overrides or [])
+
+
+@app.command()
 def verify(
-    out: Annotated[Path, typer.Option("--out", file_okay=False, help="Folder of verify.json and verify.html.")],
+    out: Annotated[Path, typer.Option("--out", file_okay=False, help="Folder of the results.")],
     quick: Annotated[bool, typer.Option("--quick", help="The short form.")] = False,
+    retrain: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="Instead: do scores predict what retraining on this config's pool does?"),
+    ] = None,
+    subsets: Annotated[int | None, typer.Option(help="With --retrain: halves to train on; default 64.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="With --retrain: documents; default 256.")] = None,
+    workers: Annotated[int | None, typer.Option(help="With --retrain: processes; default: one per core.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Every estimator against the exact answer, on problems small enough to have one; exit code 1 if a claim fails."""
-    from bilect.verify import run_verify
+    sizes = {"subsets": subsets, "candidates": candidates, "workers": workers}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if retrain is None:
+        if given or overrides:
+            raise BilectError(f"verify: --{next(iter(given), 'set')} belongs to --retrain CONFIG, which is missing")
+        from bilect.verify import run_verify
 
-    raise typer.Exit(run_verify(out, quick))
+        raise typer.Exit(run_verify(out, quick))
+    if quick:
+        raise BilectError("verify: --quick and --retrain are two studies; give one of them")
+    from bilect.config import load_config
+    from bilect.verify.retraining import run_retraining
+
+    run_retraining(load_config(retrain, overrides or []), out, **given)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 An unknown key is an error that names the nearest known one.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bilect.blade_config import BladeConfig
+from bilect.compare_config import CompareConfig, CurveConfig
 from bilect.errors import BilectError
+from bilect.settings import apply_overrides, explain_wrong
+from bilect.tasks_config import TasksConfig
 
 __all__ = [
     "TOKEN_METHODS",
@@ -24,7 +26,6 @@ __all__ = [
     "SelectionConfig",
     "TrainConfig",
     "WarmupConfig",
-    "explain_wrong",
     "load_config",
     "parse_config",
     "parse_selection",
@@ -264,7 +265,13 @@ class Config(_Settings):
         description="arms trained on the same number of tokens for comparison: random (documents), full (the pool); "
         "random-token, rho1, blade (the pool, with tokens chosen so); or another method of docs/methods.md, as dsir",
     )
-    methods: dict[str, dict[str, Any]] = Field({}, description="settings of those other methods, by name")
+    methods: dict[str, dict[str, Any]] = Field(
+        {},
+        description="settings of single controls, by name, where they differ: those of docs/methods.md, or of online",
+    )
+    curve: CurveConfig = Field(CurveConfig(), description="held-out losses while the arms train, for learning curves")
+    compare: CompareConfig = Field(CompareConfig(), description="bilect compare: seeds, and variants of this config")
+    tasks: TasksConfig = Field(TasksConfig(), description="downstream tasks, after the last round")
     score_batch_tokens: Positive = Field(8192, description="tokens per scoring batch and per evaluation batch")
     checkpoint_every: Positive = Field(500, description="steps of the fit and of training between two checkpoints")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
@@ -275,39 +282,25 @@ class Config(_Settings):
             raise ValueError("naive weighting needs positive scores: set models.score_head=sigmoid")
         return self
 
+    @model_validator(mode="after")
+    def _token_methods(self) -> "Config":
+        for arm in TOKEN_METHODS:
+            if "method" in self.methods.get(arm, {}):
+                raise ValueError(f"methods.{arm}: its method is its name")
+            try:
+                self.online_of(arm)
+            except ValidationError as error:
+                raise ValueError(f"methods.{arm}: {explain_wrong(error, BladeConfig)}") from error
+        return self
+
     def online_of(self, arm: Any) -> BladeConfig | None:
         """How the training of an arm ("bliss" or a control) chooses tokens; None where it learns all of them."""
         method = self.online.method if arm == "bliss" else arm
-        return self.online.of(method) if method in TOKEN_METHODS else None
-
-
-def _known_keys(model: type[BaseModel], at: Sequence[Any]) -> list[str]:
-    for key in at:
-        field = model.model_fields.get(str(key))
-        if field is None:
-            continue
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        for candidate in candidates:
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                model = candidate
-    return list(model.model_fields)
-
-
-def explain_wrong(error: ValidationError, root: type[BaseModel]) -> str:
-    """The first wrong setting in one line; for an unknown one, the nearest known."""
-    errors = error.errors()
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a typo explains the rest
-    where = ".".join(str(p) for p in first["loc"]) or "config"
-    if first["type"] == "extra_forbidden":
-        name = str(first["loc"][-1])
-        known = _known_keys(root, first["loc"][:-1])
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {where!r}; {hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{where}: {message}{shown}"
+        if method not in TOKEN_METHODS:
+            return None
+        chosen = self.online.of(method)
+        own = {} if arm == "bliss" else self.methods.get(arm, {})
+        return BladeConfig.model_validate({**chosen.model_dump(), **own, "method": method}) if own else chosen
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
@@ -353,27 +346,3 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise BilectError(f"config: {path} must hold a mapping of settings")
     return parse_config(apply_overrides(values, overrides))
-
-
-def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``values`` with ``key.path=value`` settings put in.
-
-    Raises:
-        BilectError: an override without ``=``, or through something that is no mapping.
-    """
-    for override in overrides:
-        key, sign, text = override.partition("=")
-        if not sign or not key.strip():
-            raise BilectError(f"--set {override}: expected key=value")
-        node = values
-        *path, last = key.strip().split(".")
-        for part in path:
-            inner = node.setdefault(part, {})
-            if not isinstance(inner, dict):
-                raise BilectError(f"--set {override}: {part!r} is not a group of settings")
-            node = inner
-        try:
-            node[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise BilectError(f"--set {override}: the value is not valid YAML") from error
-    return values

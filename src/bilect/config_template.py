@@ -16,6 +16,8 @@ __all__ = ["Size", "config_template", "starting_values", "write_template"]
 Size = Literal["tiny", "paper"]
 
 _TITLES = {
+    "curve": "Held-out losses while the arms train, for learning curves; nothing is chosen by them.",
+    "compare": "For `bilect compare`: the same run with several seeds, and variants of it, see docs/compare.md.",
     "data": "The pool to choose from, the target set that says what good means, and what is reported on.",
     "models": "A preset (tiny-100k to tiny-3m, pythia-14m to pythia-1b), a directory, a Hub name, or an inline config.",
     "warmup": "Round 0: proxy and target train on random documents of the pool.",
@@ -23,6 +25,7 @@ _TITLES = {
     "selection": "What is kept of a scored shard; another choice needs no new scores: bilect select RUN --help",
     "training": "Training of the target in each round.",
     "online": "Choice of tokens inside that training (BLADE), beside the choice of documents; method full: none.",
+    "tasks": "Downstream tasks that the final models are evaluated on, see docs/guide.md.",
 }
 
 
@@ -97,7 +100,10 @@ def _group(model: type[BaseModel], values: Mapping[str, Any], depth: int) -> lis
         elif isinstance(inner, type) and issubclass(inner, BaseModel):
             if depth == 0:
                 lines += ["", *_wrapped(_TITLES.get(name, meaning), pad)]
-            lines += [f"{pad}{name}:", *_group(inner, values.get(name, {}), depth + 1)]
+            settings = _group(inner, values.get(name, {}), depth + 1)
+            lines += (
+                [f"{pad}{name}:", *settings] if name in values else ["# " + line for line in _shown(name, settings)]
+            )
         else:
             if depth == 0 and lines and lines[-1].startswith("  "):
                 lines.append("")
@@ -106,6 +112,11 @@ def _group(model: type[BaseModel], values: Mapping[str, Any], depth: int) -> lis
             lines += [f"{shown:<44}  # {part}" if i == 0 else f"{'':<44}  # {part}"
                       for i, part in enumerate(textwrap.wrap(meaning, 74) or [""])]  # fmt: skip
     return lines
+
+
+def _shown(name: str, settings: Sequence[str]) -> list[str]:
+    """A group of which nothing is filled in, to be commented out as a whole."""
+    return [f"{name}:", *(f"  {line[4:]}" if line.startswith("  # ") else line[2:] for line in settings)]
 
 
 def _wrapped(text: str, pad: str) -> list[str]:

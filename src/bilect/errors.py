@@ -3,7 +3,7 @@
 import errno
 import os
 
-__all__ = ["BilectError", "explain", "reason"]
+__all__ = ["BilectError", "DivergedError", "explain", "reason"]
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -15,6 +15,10 @@ class BilectError(Exception):
 
     The message is one line that says what is wrong, where, and what to do.
     """
+
+
+class DivergedError(BilectError):
+    """A loss that is not a number. Where estimators are studied this is a finding, unlike a mistake in the input."""
 
 
 def explain(error: BaseException) -> str | None:

@@ -42,19 +42,23 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, store: TokenStore, pad_id: int, batch_tokens: int = 8192) -> Evaluation:
-    """Evaluate a model on all documents of a store.
+def evaluate(
+    model: PreTrainedModel, store: TokenStore, pad_id: int, batch_tokens: int = 8192, rows: np.ndarray | None = None
+) -> Evaluation:
+    """Evaluate a model on documents of a store.
 
     Args:
         model: a causal LM.
         store: the set; the loss is on the response only where there is a prompt.
         pad_id: padding token.
         batch_tokens: padded tokens per batch.
+        rows: documents; None: all.
     """
     lm = CausalLM(model)
+    rows = np.arange(len(store)) if rows is None else rows
     total, tokens, right = 0.0, 0, 0
-    for rows in length_bucketed(store.length_R, np.arange(len(store)), batch_tokens):
-        batch = make_batch(store.rows(rows), pad_id).to(lm.device)
+    for part in length_bucketed(store.length_R, rows, batch_tokens):
+        batch = make_batch(store.rows(part), pad_id).to(lm.device)
         hidden_ND = batch.predicting(lm.hidden(batch.input_ids_BT))
         total += float(token_losses(hidden_ND, lm.head(), batch.labels_N).ce_N.double().sum())
         tokens += batch.n_predicted
@@ -63,8 +67,8 @@ def evaluate(model: PreTrainedModel, store: TokenStore, pad_id: int, batch_token
             wrong_B = torch.bincount(batch.document_N, (guess_N != batch.labels_N).double(), batch.n_documents)
             right += int((wrong_B == 0).sum())
     loss = total / max(tokens, 1)
-    accuracy = right / len(store) if store.has_prompts else None
-    return Evaluation(loss, math.exp(min(loss, 700.0)), accuracy, len(store), tokens)
+    accuracy = right / len(rows) if store.has_prompts else None
+    return Evaluation(loss, math.exp(min(loss, 700.0)), accuracy, len(rows), tokens)
 
 
 @torch.no_grad()

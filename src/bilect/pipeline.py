@@ -1,6 +1,7 @@
 """Read this first: a whole run, stage by stage, from raw text to a trained model, its controls and a report.
 
     text -> tokens -> warm-up -> [ fit -> score -> select -> train -> evaluate ] x rounds -> summary -> report
+    (and, where the config names downstream tasks, each arm's last target on these)
 
 Each stage is skipped when its result is already there (``run_dir.py``); what it does is in ``stages/``.
 """
@@ -12,18 +13,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
-from bilect.config import TOKEN_METHODS, Config
+from bilect.config import Config
 from bilect.errors import BilectError
-from bilect.methods import choosers
+from bilect.methods import choosers, get
 from bilect.progress import Progress, SilentProgress
 from bilect.report import write_report
 from bilect.run_dir import RunDir, locked, stage_key, write_json, write_text
 from bilect.runtime import distributed
-from bilect.stages import choosing, texts, training
+from bilect.runtime.memory import peak_gb, reset_peak
+from bilect.stages import choosing, downstream, texts, training
 from bilect.stages.context import RunContext, target_folder
 from bilect.summary import summarise
+from bilect.tasks import find_tasks
 
 __all__ = ["Command", "Stage", "run", "stages", "states", "wanted", "with_arms"]
 
@@ -74,7 +78,8 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
         command: Command, in_round: int, name: str, action: Any, settings: Any, after: Iterable[str], **more: Any
     ) -> None:
         name = f"round {in_round}: {name}" if in_round else name
-        plan.append(Stage(name, partial(action, context, **more), settings, tuple(after), command, in_round))
+        act = partial(_measured, context, partial(action, context, **more))
+        plan.append(Stage(name, act, settings, tuple(after), command, in_round))
 
     add("warmup", 0, "tokenise pool", texts.tokenise_pool, [data, models, inputs["lower_data"]], [])
     targets = [upper, heldout, inputs["upper_data"], inputs["heldout_data"]]
@@ -92,8 +97,15 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
     after = ["tokenise targets", "warm up target"]
     add("eval", 0, "evaluate warm", training.evaluate, [], after, folder="warmup/target")
 
+    def add_tasks(in_round: int, arm: str, folder: str, after: str) -> None:
+        if config.tasks.names:
+            on = [settings["tasks"], inputs["tasks"], data["context"]]
+            add("eval", in_round, f"tasks {arm}", downstream.evaluate_on_tasks, on, [after], folder=folder)
+
+    add_tasks(0, "warm", "warmup/target", "warm up target")
+
     arms = ["bliss", *config.controls]
-    chosen = _choosers(config)
+    chosen = {arm: method.config.model_dump(mode="json") for arm, method in choosers(config).items()}
     ready = {arm: "warm up target" for arm in arms}  # the last stage of each arm's target
     carried = ["warm up proxy", "tokenise targets"]  # what the next fit starts from, besides the target
     for n in range(1, config.rounds + 1):
@@ -105,16 +117,22 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
             after = [f"round {n}: select", ready[arm]] if arm == "bliss" else [ready[arm]]
             if arm in chosen:
                 choosing_by = [split, chosen[arm], settings["selection"], settings["fit"]["bf16"]]
-                before = ["warm up proxy", "tokenise targets", ready[arm]]
+                before = ["warm up proxy", *(["tokenise targets"] if get(arm).uses_upper else []), ready[arm]]
                 add("select", n, f"choose {arm}", choosing.choose, choosing_by, before, number=n, arm=arm)
                 after.append(plan[-1].name)
             kept = [split, settings["training"], settings["selection"]]
             if (online := config.online_of(arm)) is not None:
-                kept, after = [*kept, online.model_dump(), upper], [*after, "tokenise targets"]
+                kept.append(online.model_dump())
+            if online is not None and online.needs_upper_data:
+                kept, after = [*kept, upper], [*after, "tokenise targets"]
+            if config.curve.every is not None:
+                kept, after = [*kept, settings["curve"], heldout], [*after, "tokenise targets"]
             add("train", n, f"train {arm}", training.train_arm, kept, after, number=n, arm=arm)
             ready[arm] = plan[-1].name
             after = ["tokenise targets", ready[arm]]
             add("eval", n, f"evaluate {arm}", training.evaluate, [], after, folder=target_folder(arm, n))
+            if n == config.rounds:
+                add_tasks(n, arm, target_folder(arm, n), ready[arm])
         add("eval", n, "fidelity", training.fidelity, [], [f"round {n}: fit", ready["bliss"]], number=n)
         carried = [f"round {n}: fit", "warm up proxy", "tokenise targets"]
     add("run", 0, "publish", training.publish, [], [ready["bliss"]])
@@ -149,7 +167,9 @@ def run(
     distributed.start()
     main = distributed.is_main()
     config = with_arms(config, arms)
-    _choosers(config)  # wrong ones leave no run directory behind
+    choosers(config)  # wrong ones leave no run directory behind
+    if main and config.tasks.names and command in ("run", "eval"):
+        find_tasks(config.tasks.names, config.tasks.limit)  # likewise
     out = out.resolve()
     context = RunContext(out, config, progress if progress is not None and main else SilentProgress())
     inputs = texts.input_hashes(context)
@@ -174,7 +194,8 @@ def _carry_out(
     for s in plan:
         directory.stage(s.name, s.action, settings=s.settings, after=s.after)
     directory.finish()
-    summary = summarise(out, config, directory.manifest)
+    records = {s.name: directory.manifest["stages"][s.name] for s in plan}  # without those of earlier settings
+    summary = summarise(out, config, {**directory.manifest, "stages": records})
     if main:
         write_json(out / "summary.json", summary)
         write_report(out)
@@ -191,8 +212,11 @@ def states(plan: Sequence[Stage], manifest: Mapping[str, Any]) -> dict[str, bool
     return done
 
 
-def _choosers(config: Config) -> dict[str, dict[str, Any]]:
-    return choosers([arm for arm in config.controls if arm not in TOKEN_METHODS], config.methods)
+def _measured(context: RunContext, action: Callable[[Path], Mapping[str, Any]], scratch: Path) -> dict[str, Any]:
+    """A stage and its peak memory."""
+    device = context.device if torch.cuda.is_available() else None
+    reset_peak(device)
+    return {**action(scratch), "peak_gb": round(peak_gb(device), 3)}
 
 
 def with_arms(config: Config, arms: Sequence[str]) -> Config:

@@ -100,8 +100,12 @@ def derive_seed(seed: int, *labels: str | int) -> int:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a run directory, made if missing, for this process alone; the system lets go of it when the process dies.
+
+    Args:
+        path: the directory.
+        wait: until another process lets go of it.
 
     Raises:
         BilectError: another process holds it.
@@ -109,7 +113,7 @@ def locked(path: Path) -> Iterator[None]:
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             file.seek(0)
             raise BilectError(f"run: {path} is in use by process {file.read().strip() or '(unknown)'}; wait until it "

@@ -14,7 +14,8 @@ def summarise(out: Path, config: Config, manifest: dict[str, Any]) -> dict[str, 
 
     Held-out losses are means per token over the held-out sets, of decayed copies, after the last round; ``tokens`` of
     the arms are equal by construction. ``seconds`` and ``flops`` are per stage; ``cost`` sums up what choosing takes
-    (``selection``: proxy warm-up, fit, score, select) and the training of each arm.
+    (``selection``: proxy warm-up, fit, score, select) and the training of each arm. ``tasks`` (where the config names
+    some) are the results on downstream tasks, of the same models.
 
     Args:
         out: the run directory.
@@ -65,6 +66,9 @@ def summarise(out: Path, config: Config, manifest: dict[str, Any]) -> dict[str, 
         "fidelity": fidelity,
         "rounds": rounds,
     }
+    if config.tasks.names:
+        folders = {"warm": out / "warmup", **{arm: _folder(out, arm, last) for arm in arms}}
+        summary["tasks"] = {arm: _read(folder / "tasks.json") for arm, folder in folders.items()}
     summary["verdict"] = verdict(losses)
     return summary
 
@@ -95,9 +99,14 @@ def _sums(records: dict[str, Any], key: str, arms: list[str]) -> dict[str, float
             proxy = ("warm up proxy",) if chosen[0].get("uses_proxy") else ()
             parts[f"choosing {arm}"] = (*proxy, f": choose {arm}")
     return {
-        name: round(sum(float(r.get(key, 0.0)) for stage, r in records.items() if stage.endswith(ends)), 3)
+        name: round(sum(_spent(r, key) for stage, r in records.items() if stage.endswith(ends)), 3)
         for name, ends in parts.items()
     }
+
+
+def _spent(record: dict[str, Any], key: str) -> float:
+    """A learning curve is measured within the training, and is no part of it."""
+    return float(record.get(key, 0.0)) - (float(record.get("curve_seconds", 0.0)) if key == "seconds" else 0.0)
 
 
 def _total(records: dict[str, Any], key: str, stage: str) -> int:

@@ -8,7 +8,15 @@ from bilect.config import Config, load_config
 from bilect.errors import BilectError
 from bilect.progress import RichProgress
 
-__all__ = ["plan_on_screen", "run_with_progress", "score_with_progress", "select_with_progress", "show_run"]
+__all__ = [
+    "compare_with_progress",
+    "plan_comparison",
+    "plan_on_screen",
+    "run_with_progress",
+    "score_with_progress",
+    "select_with_progress",
+    "show_run",
+]
 
 
 def run_with_progress(
@@ -49,6 +57,8 @@ def show_run(
             if listed:
                 progress.note(f"Left out of the {role}: {listed}; listed in {out / 'tokens' / 'skipped.jsonl'}")
         progress.console.print(_table(summary))
+        if "tasks" in summary:
+            progress.console.print(_tasks_table(summary["tasks"]))
         progress.note(summary["verdict"])
         progress.note(f"Report: {out / 'report.html'}   Numbers: {out / 'summary.json'}")
     return summary
@@ -75,6 +85,43 @@ def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str], arms:
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print("Tokens are estimated from samples of the files; times from a short probe of this machine.")
+
+
+def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str]) -> None:
+    """``bilect compare``: a line per finished stage, then a table and the verdict of each variant."""
+    from rich.console import Console
+
+    from bilect.compare import compare
+
+    console = Console(highlight=False, soft_wrap=True)
+    comparison = compare(load_config(config_file, overrides), out, lambda line: console.print(line, style="dim"))
+    for name, variant in comparison["variants"].items():
+        console.print(_comparison_table(name, variant))
+        console.print(" ".join(variant["verdict"]))
+    console.print(f"Page: {out / 'comparison.html'}   Numbers: {out / 'comparison.json'}, {out / 'comparison.csv'}")
+
+
+def plan_comparison(config_file: Path, out: Path, overrides: Sequence[str]) -> None:
+    """``bilect compare --dry-run``: what is left of each variant, and what it costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bilect.compare.plan import plan_cells
+
+    config = load_config(config_file, overrides)
+    table = Table(title=f"Plan of {out}: nothing is written")
+    for name in ("variant", "runs", "stages left", "TFLOPs", "about"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    lines = plan_cells(config, out)
+    for line in lines:
+        table.add_row(line.variant, str(line.runs), str(line.stages), f"{line.flops / 1e12:,.2f}",
+                      _duration(line.seconds))  # fmt: skip
+    table.add_section()
+    table.add_row("in all", str(sum(n.runs for n in lines)), str(sum(n.stages for n in lines)),
+                  f"{sum(n.flops for n in lines) / 1e12:,.2f}", _duration(sum(n.seconds for n in lines)))  # fmt: skip
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print("Times are of one run after the other, without those of choosing by other methods.")
 
 
 def score_with_progress(run_dir: Path, data: Sequence[str], out: Path, fields: Sequence[str]) -> None:
@@ -142,6 +189,37 @@ def _stage_table(records: Mapping[str, Any]) -> Any:
     return table
 
 
+def _comparison_table(name: str, variant: Mapping[str, Any]) -> Any:
+    """The arms of a variant, the lowest loss first."""
+    from rich.table import Table
+
+    from bilect.compare.verdict import cost_ratio
+
+    arms, loss_on = variant["arms"], variant["loss_on"]
+    table = Table(title=f"{name}: held-out loss{f' on {loss_on}' if loss_on else ''} at equal training tokens")
+    for column in ("arm", "loss (se)", "minus random", "minus full", "cost", "speed-up"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+
+    def difference(value: Mapping[str, Any]) -> str:
+        if value["mean"] is None:
+            return ""
+        return f"{value['mean']:+.3f} ± {value['high'] - value['mean']:.3f}"
+
+    for arm in sorted(arms, key=lambda a: arms[a]["loss"]["mean"]):
+        f = arms[arm]
+        fast = f["speedup"]["flops_with_choosing"]
+        table.add_row(
+            arm, f"{f['loss']['mean']:.3f} ({f['loss']['se']:.3f})", difference(f["minus_random"]),
+            difference(f["minus_full"]), "" if arm == "warm" else f"{cost_ratio(arms, arm):.2f}",
+            f"{fast['mean']:.2f}" if fast["n"] == f["loss"]["n"] else "",
+        )  # fmt: skip
+    table.caption = (
+        "±: half of the 95% interval; cost: operations of choosing and training, times random's; speed-up: in "
+        "operations, to random's final loss"
+    )
+    return table
+
+
 def _method_table(records: Mapping[str, Any], arms: Sequence[str]) -> Any:
     """What each way to choose tokens gained, and what it cost."""
     from rich.table import Table
@@ -182,4 +260,19 @@ def _table(summary: dict[str, Any]) -> Any:
             label = "choosing bliss" if name == "selection" else name
             cost = summary["cost"]["seconds"][name], summary["cost"]["flops"][name] / 1e12
             table.add_row(label, "", "", "", f"{cost[0]:.0f}", f"{cost[1]:.2f}")
+    return table
+
+
+def _tasks_table(results: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    from bilect.report.wording import measured
+
+    table = Table(title="Downstream tasks, ± one standard error")
+    for name in ("task", "metric", "examples", *results):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for task, figures in next(iter(results.values())).items():
+        for metric in (m for m in figures if m != "n"):
+            found = [by_task[task][metric] for by_task in results.values()]
+            table.add_row(task, metric, f"{figures['n']:,}", *(measured(f["value"], f["stderr"]) for f in found))
     return table

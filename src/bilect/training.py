@@ -17,6 +17,7 @@ from bilect.blade_config import BladeConfig
 from bilect.config import TrainConfig
 from bilect.data.loading import PackedWindows, UpperBatches
 from bilect.data.tokens import TokenStore
+from bilect.heldout_curve import CurveCallback, HeldoutCurve, points
 from bilect.models.flops import forward_flops
 from bilect.progress import Task
 from bilect.run_dir import write_json
@@ -44,12 +45,12 @@ class Online:
 
     Attributes:
         config: of the selection.
-        upper: the target set.
+        upper: the target set, where a reference is trained.
         decode: text of a token, for the report.
     """
 
     config: BladeConfig
-    upper: UpperBatches
+    upper: UpperBatches | None
     decode: Callable[[int], str]
 
 
@@ -69,6 +70,7 @@ def train(
     device: torch.device | None = None,
     weight_R: np.ndarray | None = None,
     online: Online | None = None,
+    curve: HeldoutCurve | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` in place and, on the main rank, keep its optimiser state and its losses in ``folder``.
 
@@ -82,7 +84,7 @@ def train(
         store: token rows.
         rows: documents to train on, packed in random order.
         folder: gets ``optimizer.pt`` and ``training.jsonl``; with ``online`` also ``selector-RANK.pt`` and, of what the
-            selection did, ``online.json``.
+            selection did, ``online.json``; with ``curve`` its points, ``heldout.jsonl``.
         config: steps, schedule and so on.
         context: tokens per window.
         seed: of the order of documents.
@@ -94,9 +96,11 @@ def train(
         device: where to train.
         weight_R: how often a pass has each row of the store; None: once.
         online: choose tokens; None: learn all of them.
+        curve: what is measured on the way.
 
     Returns:
-        ``tokens``, ``flops``, ``steps``, ``passes`` over the rows, and the last logged ``loss``.
+        ``tokens``, ``flops``, ``steps``, ``passes`` over the rows, the last logged ``loss``, and ``curve_seconds`` that
+        this call spent on measuring the curve, which is no part of the training.
 
     Raises:
         NotANumberError: at the first loss that is none; ``model`` then holds the last good weights.
@@ -152,6 +156,9 @@ def train(
             trainer = SelectingTrainer(model.train(), blade=online.config, upper_dataset=online.upper, **common)
             selector = trainer.selector
         trainer.remove_callback(transformers.PrinterCallback)
+        measuring = None if curve is None else CurveCallback(curve, model, trainer)
+        if measuring is not None:
+            trainer.add_callback(measuring)
         remedy = "restore it, or start again in a new run directory"
         if state_file is not None and checkpoint is None:
             trainer.optimizer_state = load_state(state_file, remedy)
@@ -170,7 +177,9 @@ def train(
         torch.save(trainer.optimizer.state_dict(), folder / OPTIMIZER_FILE)
     if distributed.is_main():
         name = "decay.jsonl" if decay else "training.jsonl"
-        (folder / name).write_text("".join(json.dumps(h) + "\n" for h in history), encoding="utf-8")
+        _write_lines(folder / name, history)
+    if curve is not None and distributed.is_main():
+        _write_lines(folder / "heldout.jsonl", points(trainer.state.log_history))
     tokens = n_windows * context
     flops = 3 * forward_flops(model, tokens, context)
     if online is not None and selector is not None:
@@ -180,7 +189,8 @@ def train(
                 write_json(folder / "online.json", _account(online, selector))
         world = distributed.world_size()
         made = selector.synchronisations - carried.get("synchroniser", {}).get("count", 0)
-        flops += selecting_flops(online.config, model, tokens=tokens, context=context, upper_tokens=online.upper.tokens,
+        upper_tokens = online.upper.tokens if online.upper is not None else 0
+        flops += selecting_flops(online.config, model, tokens=tokens, context=context, upper_tokens=upper_tokens,
                                  batch_tokens=per_rank * context * world, synchronisations=made)  # fmt: skip
     return {
         "tokens": tokens,
@@ -188,7 +198,12 @@ def train(
         "steps": steps,
         "passes": round(windows.passes, 3),
         "loss": history[-1]["loss"] if history else None,
+        "curve_seconds": round(measuring.seconds, 3) if measuring is not None else 0.0,
     }
+
+
+def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def forget_training(folder: Path, *, decay: bool = False) -> None:

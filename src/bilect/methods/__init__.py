@@ -7,7 +7,7 @@ entry point of the group ``bilect.methods``, whose name is the method's; built-i
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bilect.errors import BilectError, reason
 
 if TYPE_CHECKING:
+    from bilect.config import Config
     from bilect.methods.contract import DocumentMethod, Inputs, Method
 
 __all__ = ["GROUP", "choosers", "get", "load", "make", "names"]
@@ -66,7 +67,7 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> "Any":
     """
     from pydantic import ValidationError
 
-    from bilect.config import explain_wrong
+    from bilect.settings import explain_wrong
 
     method = get(name)
     try:
@@ -75,31 +76,32 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> "Any":
         raise BilectError(f"{name}: {explain_wrong(error, method.Config)}") from error
 
 
-def choosers(arms: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Checked settings of the document methods among some arms, by name; "random" and "full" need no method.
+def choosers(config: "Config") -> dict[str, "DocumentMethod[Any]"]:
+    """The document methods among the controls of a run, by name; "random" and "full" need none.
 
-    Args:
-        arms: names.
-        settings: by name, where they differ from the defaults.
+    Those that fit as BLISS does have the settings of ``fit`` where ``methods`` does not say otherwise.
 
     Raises:
         BilectError: no such method, or not one of documents; wrong settings, or settings of another arm.
     """
+    from bilect.config import TOKEN_METHODS, FitConfig
     from bilect.methods.contract import DocumentMethod
 
-    found = {}
-    for arm in arms:
-        if arm in ("random", "full"):
+    found, fit = {}, config.fit.model_dump(exclude={"hypergradient"}, exclude_none=True)
+    for arm in config.controls:
+        if arm in ("random", "full", *TOKEN_METHODS):
             continue
         if arm == "bliss":
             raise BilectError("controls: bliss is what the run itself does; leave it out")
         if arm not in names():
             raise BilectError(f"controls: {_unknown(arm)}")
-        if not issubclass(get(arm), DocumentMethod):
+        method = get(arm)
+        if not issubclass(method, DocumentMethod):
             raise BilectError(f"controls: {arm} does not choose documents")
-        found[arm] = make(arm, settings.get(arm)).config.model_dump(mode="json")
-    if unused := [name for name in settings if name not in found]:
-        raise BilectError(f"methods: settings of {unused[0]!r}, which is none of the controls that choose documents")
+        as_bliss = {**fit, "score_head": config.models.score_head} if issubclass(method.Config, FitConfig) else {}
+        found[arm] = make(arm, {**as_bliss, **config.methods.get(arm, {})})
+    if unused := [name for name in config.methods if name not in (*found, *TOKEN_METHODS)]:
+        raise BilectError(f"methods: settings of {unused[0]!r}, which is none of the controls that choose")
     return found
 
 

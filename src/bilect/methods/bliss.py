@@ -11,7 +11,7 @@ from bilect.bilevel.cost import fit_flops
 from bilect.bilevel.offline import BilevelFit
 from bilect.config import FitConfig
 from bilect.data.loading import BatchStream, SetStream
-from bilect.errors import BilectError
+from bilect.errors import BilectError, DivergedError
 from bilect.methods._resume import resume
 from bilect.methods._score_model import ScoreModelMethod
 from bilect.methods.contract import Figures
@@ -61,7 +61,7 @@ class BilevelMethod(ScoreModelMethod[B]):
         while fit.steps_done < config.steps:
             figures = fit.step()
             if not all(math.isfinite(figures[k]) for k in ("lower_loss", "upper_loss", "score_mean", "d_std")):
-                raise BilectError(f"{self.name}: a loss is not a number at step {fit.steps_done}; lower "
+                raise DivergedError(f"{self.name}: a loss is not a number at step {fit.steps_done}; lower "
                                   "proxy_learning_rate or score_learning_rate")  # fmt: skip
             if fit.steps_done % inputs.checkpoint_every == 0:
                 save_parts(path, parts)

@@ -30,7 +30,7 @@ from bilect.bilevel.twins import FirstOrderModel
 from bilect.data.batch import Batch, join_batches
 from bilect.data.loading import BatchStream, SetStream
 from bilect.data.tokens import TokenStore
-from bilect.errors import BilectError
+from bilect.errors import BilectError, DivergedError
 from bilect.functional.trees import add_scaled, scale
 from bilect.methods._noise import gumbel
 from bilect.methods._resume import resume
@@ -102,7 +102,7 @@ class Tandem(DocumentMethod[TandemConfig]):
         while fit.steps_done < config.steps:
             loss = fit.step()
             if not np.isfinite(loss):
-                raise BilectError(f"tandem: a loss is not a number at step {fit.steps_done}; lower learning_rate")
+                raise DivergedError(f"tandem: a loss is not a number at step {fit.steps_done}; lower learning_rate")
             if fit.steps_done % inputs.checkpoint_every == 0:
                 save_parts(path, parts)
             task.advance(1, upper_loss=loss)

@@ -49,7 +49,7 @@ def render_template(template: str, filters: Mapping[str, Callable[..., Any]], **
 
 def render(run: RunFiles) -> str:
     """The page as HTML."""
-    filters = dict(
+    filters: dict[str, Callable[..., Any]] = dict(
         decimal=wording.decimal,
         signed=wording.signed,
         whole=wording.whole,
@@ -57,6 +57,7 @@ def render(run: RunFiles) -> str:
         percent=wording.percent,
         power=wording.power,
         duration=wording.duration,
+        measured=wording.measured,
     )
     return render_template(
         "report/template.html.j2",
@@ -65,6 +66,7 @@ def render(run: RunFiles) -> str:
         missing=run.missing,
         arms=figures.LONG_ARMS,
         result=_result(run),
+        downstream=_downstream(run),
         kept=_kept(run),
         scores=_scores(run),
         learning=learning_figure(run.rounds) if any(r.metrics for r in run.rounds) else None,
@@ -121,6 +123,23 @@ def _result(run: RunFiles) -> Json:
         "figure": figures.arms_figure(losses, by_set if len(by_set) > 1 else {}) if losses else None,
         "missing": [] if losses else [run.missing.get("summary.json") or "it has no heldout_loss"],
     }
+
+
+def _downstream(run: RunFiles) -> Json:
+    """Downstream tasks: a row per metric, a column per arm."""
+    results = {arm: _sets(found) for arm, found in mapping(run.summary.get("tasks")).items()}
+    arms = _ordered(results)
+    keys = dict.fromkeys((task, metric) for arm in arms for task, f in results[arm].items() for metric in _sets(f))
+    rows = [
+        {
+            "task": task,
+            "metric": metric,
+            "n": next(results[arm][task].get("n") for arm in arms if task in results[arm]),
+            "values": [_sets(results[arm].get(task)).get(metric, {}) for arm in arms],
+        }
+        for task, metric in keys
+    ]
+    return {"arms": arms, "rows": rows}
 
 
 _SET_KEYS = ("loss", "perplexity", "accuracy", "documents", "tokens")

@@ -22,6 +22,14 @@ def signed(value: object, digits: int = 4) -> str:
     return DASH if plain is None else f"{plain:+,.{digits}f}".replace("-", "−")
 
 
+def measured(value: object, stderr: object) -> str:
+    """A value with its standard error, where there is one: 0.250 ± 0.013, 31.3 ± 1.2."""
+    plain = number(value)
+    digits = 3 if plain is not None and abs(plain) < 10 else 1
+    shown, error = decimal(value, digits), decimal(stderr, digits)
+    return shown if error == DASH else f"{shown} ± {error}"
+
+
 def whole(value: object) -> str:
     """A count, in groups of three."""
     plain = number(value)

@@ -17,8 +17,8 @@ from bilect.bilevel.offline import BilevelFit
 from bilect.data.loading import BatchStream, SetStream
 from bilect.errors import BilectError
 from bilect.export import attach_text, extremes
+from bilect.methods import choosers
 from bilect.methods import load as load_method
-from bilect.methods import make as make_method
 from bilect.methods.contract import Inputs
 from bilect.models.flops import forward_flops
 from bilect.models.loading import load_score_model
@@ -127,7 +127,7 @@ def select(run: RunContext, scratch: Path, number: int) -> Figures:
 def choose(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
     """A control chooses its documents by another method: fit, score the shard, keep the top by the same rules."""
     config, pool, folder = run.config, run.pool(), Path("controls") / arm / f"round-{number}"
-    method, rows = make_method(arm, config.methods.get(arm)), run.shard(number, len(pool))
+    method, rows = choosers(config)[arm], run.shard(number, len(pool))
     inputs = Inputs(
         pool,
         rows,

@@ -86,6 +86,10 @@ class RunContext:
         """The tokens of all target sets together."""
         return TokenStore([path for _, _, store in self.upper_sets() for path in store.paths])
 
+    def heldout_sets(self) -> dict[str, TokenStore]:
+        """Tokens of each held-out set, by name."""
+        return {p.stem: TokenStore(p) for p in sorted((self.root / "tokens" / "heldout").glob("*.arrow"))}
+
     def shard(self, number: int, n_rows: int) -> np.ndarray:
         """Rows of one of the disjoint random shards: 0 for the warm-up, 1..R for the rounds; no excluded row."""
         order = np.random.default_rng(derive_seed(self.config.seed, "shards")).permutation(n_rows)
@@ -97,6 +101,14 @@ class RunContext:
     def load(self, folder: str) -> PreTrainedModel:
         """A model saved by an earlier stage."""
         return load_causal_lm(str((self.root / folder).resolve())).to(self.device)
+
+    def evaluated(self, folder: str) -> str:
+        """The folder of the model that stands for a target in evaluations: its decayed copy, where it has one.
+
+        The settings say so, not the disk: a copy may be left from other settings.
+        """
+        training = self.config.warmup.target if folder == target_folder("", 0) else self.config.training
+        return f"{folder}-decayed" if training.decay_steps else folder
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         if distributed.is_main():

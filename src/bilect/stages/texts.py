@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from bilect.config import Config, SourceConfig
 from bilect.data.checks import DocumentIndex
 from bilect.data.documents import Problem, bad_record, read_documents
 from bilect.data.sources import Input, identity, inputs, set_name
+from bilect.data.task_files import task_inputs
 from bilect.data.token_files import TokenFiles, link
 from bilect.data.tokens import TokenStore, write_rows
 from bilect.errors import BilectError
@@ -51,7 +53,16 @@ def input_hashes(run: RunContext) -> dict[str, dict[str, str]]:
             for part in inputs(source):
                 known = found[role].get(part.where, "")
                 found[role][part.where] = f"{known} {identity(part)}".strip()  # several, of a large folder of text
+    if run.config.tasks.names:
+        found["tasks"] = {"lm-eval": _version("lm-eval"), **task_inputs(run.config.tasks.names)}
     return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def tokenise_pool(run: RunContext, scratch: Path) -> Figures:

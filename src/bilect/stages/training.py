@@ -17,6 +17,7 @@ from bilect.data.near_duplicates import within_cap
 from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
 from bilect.export import kept_ids
+from bilect.heldout_curve import HeldoutCurve
 from bilect.models.flops import forward_flops
 from bilect.models.loading import check_vocabulary, load_causal_lm, padded_vocabulary
 from bilect.models.presets import PRESETS
@@ -62,7 +63,15 @@ def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
     before, settings = run.root / target_folder(arm, number - 1), run.config.training
     labels = ("train", number)
     return _train(run, model, pool, rows, scratch, out, settings, title, labels, decayed=True, start_from=before,
-                  weight_R=pool.weight_R if arm in WHOLE_POOL else None, online=_online(run, arm))  # fmt: skip
+                  weight_R=pool.weight_R if arm in WHOLE_POOL else None, online=_online(run, arm),
+                  curve=_curve(run))  # fmt: skip
+
+
+def _curve(run: RunContext) -> HeldoutCurve | None:
+    curve = run.config.curve
+    if curve.every is None:
+        return None
+    return HeldoutCurve(run.heldout_sets(), curve.every, curve.documents, run.pad_id, run.config.score_batch_tokens)
 
 
 def _online(run: RunContext, arm: str) -> Online | None:
@@ -70,9 +79,11 @@ def _online(run: RunContext, arm: str) -> Online | None:
     if config is None:
         return None
     config = config.model_copy(update={"seed": derive_seed(run.config.seed, "online", config.seed)})
-    sets, size = run.upper_sets(), config.upper_batch_size * distributed.world_size()
-    seed = derive_seed(run.config.seed, "online upper")
-    upper = UpperBatches([s for _, _, s in sets], [w for _, w, _ in sets], size, run.pad_id, seed)
+    upper = None
+    if config.needs_upper_data:
+        sets, size = run.upper_sets(), config.upper_batch_size * distributed.world_size()
+        seed = derive_seed(run.config.seed, "online upper")
+        upper = UpperBatches([s for _, _, s in sets], [w for _, w, _ in sets], size, run.pad_id, seed)
     return Online(config, upper, lambda token: str(run.tokenizer.decode([token])))
 
 
@@ -80,9 +91,8 @@ def evaluate(run: RunContext, scratch: Path, folder: str) -> Figures:
     """Figures of the decayed copy of a target (or of itself, without a decay branch) on every held-out set."""
     if not distributed.is_main():
         return {}
-    decayed = f"{folder}-decayed"
-    model = run.load(decayed if (run.root / decayed).is_dir() else folder)
-    stores = {p.stem: TokenStore(p) for p in sorted((run.root / "tokens" / "heldout").glob("*.arrow"))}
+    model = run.load(run.evaluated(folder))
+    stores = run.heldout_sets()
     results, flops, tokens = {}, 0.0, 0
     with run.progress.task(f"evaluate {folder}", len(stores)) as task:
         for name, store in stores.items():
@@ -132,12 +142,11 @@ def fidelity(run: RunContext, scratch: Path, number: int) -> Figures:
 def publish(run: RunContext, scratch: Path) -> Figures:
     """The final models where users look for them."""
     if distributed.is_main():
-        last = f"round-{run.config.rounds}"
-        decayed = run.root / last / "target-decayed"
+        last = run.config.rounds
         sources = {
-            "proxy": run.root / last / "proxy",
-            "score_model": run.root / last / "score_model",
-            "target": decayed if decayed.is_dir() else run.root / last / "target",
+            "proxy": run.root / f"round-{last}" / "proxy",
+            "score_model": run.root / f"round-{last}" / "score_model",
+            "target": run.root / run.evaluated(target_folder("bliss", last)),
         }
         for name, folder in sources.items():
             (scratch / name).mkdir(exist_ok=True)
@@ -182,6 +191,7 @@ def _train(
     start_from: Path | None = None,
     weight_R: np.ndarray | None = None,
     online: Online | None = None,
+    curve: HeldoutCurve | None = None,
 ) -> Figures:
     """Train, then the decay branch; a restart goes on in whichever of the two it was."""
     context, seed = run.config.data.context, derive_seed(run.config.seed, *labels)
@@ -196,10 +206,11 @@ def _train(
         with run.progress.task(name, settings.steps + decay_steps) as task:
             if before_decay.is_file():
                 figures = json.loads(before_decay.read_text(encoding="utf-8"))
+                figures["curve_seconds"] = 0.0  # another process spent them
                 model = load_causal_lm(str(out)).to(run.device)
                 task.advance(settings.steps)
             else:
-                first = {**common, "task": task, "seed": seed, "start_from": start_from}
+                first = {**common, "task": task, "seed": seed, "start_from": start_from, "curve": curve}
                 figures = train(model, pool, rows, out, settings, **first)
                 run.save(model, out)
                 if decay_steps and distributed.is_main():

@@ -5,8 +5,8 @@ from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
+from bilect.report.lines import Lines, group, lines_figure
 from bilect.report.page import render_template
-from bilect.verify.figures import Lines, group, lines_figure
 
 __all__ = ["render"]
 

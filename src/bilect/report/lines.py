@@ -1,4 +1,4 @@
-"""The plots of the page: lines over a common x, several pairs of axes side by side."""
+"""Lines over a common x, several pairs of axes side by side."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 
 @dataclass(frozen=True)
 class Lines:
-    """One pair of axes: title, axis labels, named lines of (x, y), and which axes are logarithmic."""
+    """One pair of axes: title, axis labels, named lines of (x, y), which axes are logarithmic, whether y shows 0."""
 
     title: str
     x: str
@@ -24,6 +24,7 @@ class Lines:
     series: Mapping[str, Sequence[tuple[float, float]]]
     log_x: bool = True
     log_y: bool = False
+    zero: bool = True
 
 
 def group(
@@ -65,7 +66,7 @@ def lines_figure(name: str, panels: Sequence[Lines], description: str) -> str:
                     set_scale("log")
                     axis.set_major_formatter(lambda value, _: f"{value:g}")
                     axis.set_minor_locator(NullLocator())  # hundreds of ticks without labels
-            if not panel.log_y:
+            if panel.zero and not panel.log_y:
                 axes.axhline(0, color=COLOURS["muted"], linewidth=0.8, zorder=0)
             axes.grid(axis="y")
         figure.legend(handles=[handles[key] for key in names], loc="outside lower center", ncols=3)

@@ -1,4 +1,4 @@
-"""Peak memory, for the scripts beside."""
+"""Peak memory, in gigabytes: of the GPU's allocator, or of the process."""
 
 import resource
 import sys
@@ -7,11 +7,20 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["high_water"]
+__all__ = ["peak_gb", "reset_peak"]
 
 
-def high_water(device: torch.device | None = None) -> float:
-    """Peak memory so far in gigabytes: of the GPU's allocator, or of the process."""
+def reset_peak(device: torch.device | None = None) -> None:
+    """Forget the peak so far. Without a GPU this needs Linux; elsewhere the peak stays that of the whole process."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gb(device: torch.device | None = None) -> float:
+    """Peak since ``reset_peak``, or since the process started."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     with suppress(OSError):  # unlike ru_maxrss, this is not inherited from the process that started this one

@@ -1,0 +1,158 @@
+"""All runs of a comparison in numbers: ``comparison.json`` for programs, one row per arm and seed for spreadsheets."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from bilect.compare.cells import Cell
+from bilect.compare.collect import Arm, collect
+from bilect.compare.statistics import estimate, speedup
+from bilect.compare.verdict import verdict
+
+__all__ = ["compare_runs", "csv_text"]
+
+Seeds = list[dict[str, Arm]]  # the arms of each seed
+COLUMNS = (
+    *("variant", "arm", "seed", "loss", "minus_random", "minus_full", "tokens"),
+    *("choosing_seconds", "choosing_flops", "training_seconds", "training_flops", "peak_gb"),
+    *("speedup_tokens", "speedup_flops", "speedup_flops_with_choosing"),
+)
+
+
+def compare_runs(cells: Sequence[Cell], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of ``comparison.json``.
+
+    By variant and arm: ``loss`` (held-out, of the decayed model, on the set that decides), its paired differences from
+    ``random`` and ``full``, and every held-out set, each as ``statistics.estimate``; ``speedup``, how many times fewer
+    tokens or operations than random it takes to come down to random's final loss on the learning curves; costs; shares
+    by source; learning curves; ``overlap``, the Jaccard index of what any two arms kept.
+
+    Args:
+        cells: all runs, finished.
+        settings: of the variants, for the record.
+    """
+    variants = {}
+    for name in dict.fromkeys(cell.variant for cell in cells):
+        own = [cell for cell in cells if cell.variant == name]
+        variants[name] = {"settings": dict(settings.get(name, {})), **_variant(own, [collect(c) for c in own])}
+    return {"schema": 1, "seeds": list(dict.fromkeys(c.config.seed for c in cells)), "variants": variants}
+
+
+def csv_text(comparison: Mapping[str, Any]) -> str:
+    """A row per variant, arm and seed."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for name, variant in comparison["variants"].items():
+        for arm, figures in variant["arms"].items():
+            for i, seed in enumerate(comparison["seeds"]):
+                writer.writerow({"variant": name, "arm": arm, "seed": seed, **_row(figures, i)})
+    return text.getvalue()
+
+
+def _row(figures: Mapping[str, Any], i: int) -> dict[str, Any]:
+    row = {key: figures[key]["values"][i] for key in ("loss", "minus_random", "minus_full")}
+    row["tokens"] = figures["tokens"]
+    for part in ("choosing", "training"):
+        row |= {f"{part}_{key}": figures["cost"][part][key]["values"][i] for key in ("seconds", "flops")}
+    row["peak_gb"] = figures["cost"]["peak_gb"]["values"][i]
+    return row | {f"speedup_{key}": value["values"][i] for key, value in figures["speedup"].items()}
+
+
+def _variant(cells: Sequence[Cell], seeds: Seeds) -> dict[str, Any]:
+    loss_on = cells[0].config.compare.loss_on
+    arms = {arm: _arm(arm, seeds, loss_on) for arm in seeds[0]}
+    best = min((arm for arm in arms if arm != "warm"), key=lambda arm: arms[arm]["loss"]["mean"])
+    for arm, figures in arms.items():
+        figures["minus_best"] = _paired(seeds, arm, best, loss_on)
+    variant = {"loss_on": loss_on, "best": best, "keep_ratio": cells[0].config.selection.keep_ratio, "arms": arms}
+    return {**variant, "overlap": _overlap(seeds), "verdict": verdict(variant)}
+
+
+def headline(sets: Mapping[str, Any], loss_on: str | None) -> float:
+    """The loss that decides: of one held-out set, or the mean over all."""
+    chosen = [sets[loss_on]] if loss_on is not None else list(sets.values())
+    losses = [s["loss"] if isinstance(s, Mapping) else s for s in chosen]
+    return float(sum(losses) / len(losses))
+
+
+def _arm(arm: str, seeds: Seeds, loss_on: str | None) -> dict[str, Any]:
+    own = [s[arm] for s in seeds]
+    return {
+        "loss": estimate([headline(a.heldout, loss_on) for a in own]),
+        "minus_random": _paired(seeds, arm, "random", loss_on),
+        "minus_full": _paired(seeds, arm, "full", loss_on),
+        "heldout": {
+            name: {k: estimate([a.heldout[name][k] for a in own]) for k in ("loss", "accuracy")}
+            for name in own[0].heldout
+        },
+        "tokens": own[0].tokens,
+        "cost": {
+            **{part: {k: estimate([getattr(a, part).get(k, 0.0) for a in own]) for k in ("seconds", "flops")}
+               for part in ("choosing", "training")},
+            "peak_gb": estimate([a.peak_gb for a in own]),
+        },
+        "speedup": _speedup(arm, seeds, loss_on),
+        "curve": _mean_curve(own, loss_on),
+        **{key: _mean_shares([getattr(a, key) for a in own]) for key in ("kept_share", "kept_fraction")},
+        "tasks": _tasks(own),
+    }  # fmt: skip
+
+
+def _paired(seeds: Seeds, arm: str, other: str, loss_on: str | None) -> dict[str, Any]:
+    losses = [[headline(s[name].heldout, loss_on) for name in (arm, other)] for s in seeds]
+    return estimate([None if arm == other else mine - its for mine, its in losses])
+
+
+def _speedup(arm: str, seeds: Seeds, loss_on: str | None) -> dict[str, Any]:
+    """``statistics.speedup``, spending tokens, operations of training, or these with those of choosing."""
+    ratios: dict[str, list[float | None]] = {"tokens": [], "flops": [], "flops_with_choosing": []}
+    for s in seeds:
+        for key, values in ratios.items():
+            curve, control = (_spent_curve(s[name], key, loss_on) for name in (arm, "random"))
+            values.append(speedup(curve, control) if curve and arm != "random" else None)
+    return {key: estimate(values) for key, values in ratios.items()}
+
+
+def _spent_curve(arm: Arm, key: str, loss_on: str | None) -> list[tuple[float, float]]:
+    rate = 1.0 if key == "tokens" or not arm.curve else arm.training["flops"] / arm.tokens
+    before = 1.0 if key == "flops_with_choosing" else 0.0
+    return [(before * p.choosing + rate * p.tokens, headline(p.loss, loss_on)) for p in arm.curve]
+
+
+def _mean_curve(own: Sequence[Arm], loss_on: str | None) -> list[dict[str, Any]]:
+    rows = []
+    for at in zip(*(a.curve for a in own), strict=True):
+        loss = estimate([headline(p.loss, loss_on) for p in at])
+        choosing = sum(p.choosing for p in at) / len(at)
+        rows.append({"tokens": at[0].tokens, "choosing_flops": choosing, "mean": loss["mean"], "se": loss["se"]})
+    return rows
+
+
+def _mean_shares(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = sorted({name for s in shares for name in s})
+    return {name: sum(s.get(name, 0.0) for s in shares) / len(shares) for name in names}
+
+
+def _tasks(own: Sequence[Arm]) -> dict[str, Any]:
+    """Each metric over the seeds, with the mean of its own standard error over the examples."""
+    metrics = {(task, key) for a in own for task, found in a.tasks.items() for key in found if key != "n"}
+    tasks: dict[str, Any] = {}
+    for task, key in sorted(metrics):
+        found = [a.tasks[task][key] for a in own]
+        errors = [f["stderr"] for f in found if f.get("stderr") is not None]
+        sampling = sum(errors) / len(errors) if errors else None
+        tasks.setdefault(task, {})[key] = {**estimate([f["value"] for f in found]), "sampling_se": sampling}
+    return tasks
+
+
+def _overlap(seeds: Seeds) -> dict[str, dict[str, float]]:
+    """Jaccard index of the documents of any two arms, mean over the seeds."""
+    names = [arm for arm, a in seeds[0].items() if a.kept]
+    table = {name: {name: 1.0} for name in names}
+    for a, b in combinations(names, 2):
+        pairs = [(s[a].kept, s[b].kept) for s in seeds]
+        table[a][b] = table[b][a] = sum(len(x & y) / len(x | y) for x, y in pairs) / len(seeds)
+    return table

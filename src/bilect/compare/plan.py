@@ -1,0 +1,63 @@
+"""What a comparison would do and cost: ``bilect compare ... --dry-run``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bilect.compare.cells import Cell, cells, check
+from bilect.config import Config
+from bilect.pipeline import stages
+from bilect.plan import plan_run
+from bilect.progress import SilentProgress
+from bilect.run_dir import read_manifest, stage_key
+from bilect.stages import texts
+from bilect.stages.context import RunContext
+
+__all__ = ["PlannedVariant", "plan_cells"]
+
+
+@dataclass(frozen=True)
+class PlannedVariant:
+    """One line of the plan: all seeds of a variant, less what is done and what the base does for it."""
+
+    variant: str
+    runs: int
+    stages: int
+    flops: float
+    seconds: float
+
+
+def plan_cells(config: Config, out: Path) -> list[PlannedVariant]:
+    """A line per variant; writes nothing.
+
+    Raises:
+        BilectError: as ``compare``.
+    """
+    found = cells(config, out.resolve())
+    check(found)
+    lines = []
+    for variant in dict.fromkeys(c.variant for c in found):
+        own = [c for c in found if c.variant == variant]
+        costs = {s.name: s for s in plan_run(own[0].config, own[0].folder)}  # those of another seed are alike
+        left = [costs[name] for cell in own for name in _left(cell, found)]
+        lines.append(
+            PlannedVariant(variant, len(own), len(left), sum(s.flops for s in left), sum(s.seconds for s in left))
+        )
+    return lines
+
+
+def _left(cell: Cell, found: Sequence[Cell]) -> list[str]:
+    """Stages that are not done, nor will be by the base before this cell begins."""
+    keys, records = _keys(cell), read_manifest(cell.folder)["stages"]
+    shared = dict[str, str]()
+    if not records and cell.base is not None:
+        shared = _keys(next(c for c in found if c.folder == cell.base))
+    return [name for name, key in keys.items() if key not in (records.get(name, {}).get("key"), shared.get(name))]
+
+
+def _keys(cell: Cell) -> dict[str, str]:
+    context = RunContext(cell.folder, cell.config, SilentProgress())
+    keys = dict[str, str]()
+    for s in stages(context, texts.input_hashes(context)):
+        keys[s.name] = stage_key(s.name, s.settings, [keys[name] for name in s.after])
+    return keys

@@ -1,0 +1,217 @@
+"""The study as a whole: warm models, retrained halves, scores, correlations; its table, ``retrain.json`` and page."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from bilect import __version__, pipeline
+from bilect.config import Config
+from bilect.errors import BilectError
+from bilect.progress import Progress, RichProgress, SilentProgress
+from bilect.run_dir import derive_seed, locked, write_json, write_text
+from bilect.runtime.device import pick_device
+from bilect.runtime.workers import cores
+from bilect.stages.context import RunContext
+from bilect.verify.retraining import correlation
+from bilect.verify.retraining.cells import Cell, fill
+from bilect.verify.retraining.correlation import Estimate
+from bilect.verify.retraining.page import interval, render, short
+from bilect.verify.retraining.scores import VARIANTS, Variant, random_scores, scored, settings_of
+from bilect.verify.retraining.subsets import Study, retrained, warm
+
+__all__ = ["run_retraining", "study"]
+
+LEAST_CANDIDATES, LEAST_SUBSETS = 10, 4
+REPEATED = 16  # halves that are trained twice, for the ceiling
+RANDOM_SEEDS = 200
+LOSSES = ("heldout", "upper")
+
+
+def run_retraining(
+    config: Config, out: Path, *, subsets: int = 64, candidates: int = 256, workers: int | None = None
+) -> None:
+    """Carry out the study with live progress, print its table, and write ``retrain.json`` and ``retrain.html``.
+
+    Args:
+        config: of an ordinary run.
+        out: folder; the same call goes on in it.
+        subsets: random halves to retrain on.
+        candidates: documents they are drawn from.
+        workers: processes; by default as many as cores, one on a GPU.
+
+    Raises:
+        BilectError: a wrong number, or one line on what is wrong with the input.
+    """
+    with RichProgress() as progress:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        result = study(config, out, progress, subsets=subsets, candidates=candidates, workers=workers)
+        write_json(out / "retrain.json", result)
+        write_text(out / "retrain.html", render(result))
+        progress.console.print(_table(result))
+        for row in result["methods"]:
+            if row["error"] is not None:
+                progress.note(f"{row['name']} failed: {row['error']}")
+        progress.note(noise_note(result))
+        progress.note(f"Page: {out / 'retrain.html'}   Numbers: {out / 'retrain.json'}")
+
+
+def study(
+    config: Config,
+    out: Path,
+    progress: Progress | None = None,
+    *,
+    subsets: int,
+    candidates: int,
+    workers: int | None = None,
+    variants: Mapping[str, Variant] = VARIANTS,
+) -> dict[str, Any]:
+    """Everything but the files for readers; see ``run_retraining``.
+
+    Args:
+        variants: methods by the name they have in the results, with their settings.
+
+    Returns:
+        The content of ``retrain.json``, see docs/verify.md.
+    """
+    progress = progress or SilentProgress()
+    if subsets < LEAST_SUBSETS or candidates < LEAST_CANDIDATES or (workers is not None and workers < 1):
+        raise BilectError(f"retrain: it takes at least {LEAST_SUBSETS} --subsets, {LEAST_CANDIDATES} --candidates and "
+                          f"one of --workers, not {subsets}, {candidates} and {workers or 'all'}")  # fmt: skip
+    settings = {name: settings_of(config, variant) for name, variant in variants.items()}  # a wrong one: now
+    if workers is None:
+        workers = cores() if pick_device(config.device).type == "cpu" else 1
+    with locked(out):
+        pipeline.run(config, out / "run", progress, command="warmup")
+        one = _open(config, out.resolve(), candidates)
+        training, warm_target = config.training.model_dump(), ("warm up target",)
+        start = Cell(out / "warm.json", one.key("warm", [], warm_target), partial(warm, one))
+        halves = [_half_cell(one, training, j, 0) for j in range(subsets)]
+        again = [_half_cell(one, training, j, 1) for j in range(min(REPEATED, subsets))]
+        methods = {name: _method_cell(one, config, name, variants[name][0], settings[name]) for name in variants}
+        with progress.task("retrain on halves", 1 + len(halves) + len(again)) as task:
+            fill([start, *halves, *again], workers, task)
+        with progress.task("fit and score", len(methods)) as task:
+            fill([*methods.values()], workers, task)
+        return _figures(one, _results([start])[0], _results(halves), _results(again),
+                        dict(zip(methods, _results([*methods.values()]), strict=True)), settings)  # fmt: skip
+
+
+def _open(config: Config, out: Path, candidates: int) -> Study:
+    run = RunContext(out / "run", config, SilentProgress())
+    shard = run.shard(1, len(run.pool()))
+    if len(shard) < candidates:
+        raise BilectError(f"retrain: round 1 has {len(shard)} documents, fewer than {candidates} candidates; lower "
+                          "--candidates or warmup.share, or enlarge data.lower_data")  # fmt: skip
+    generator = np.random.default_rng(derive_seed(config.seed, "candidates"))
+    return Study(out, config, np.sort(generator.permutation(shard)[:candidates]))
+
+
+def _half_cell(one: Study, training: Mapping[str, Any], j: int, repeat: int) -> Cell:
+    name = f"{j:04d}-again" if repeat else f"{j:04d}"
+    key = one.key("half", [training, one.half(j).tolist(), repeat], ("warm up target",))
+    return Cell(one.out / "subsets" / f"{name}.json", key, partial(retrained, one, j, repeat))
+
+
+def _method_cell(one: Study, config: Config, name: str, method: str, settings: Mapping[str, Any]) -> Cell:
+    key = one.key(method, [settings, config.fit.bf16], ("warm up proxy", "warm up target"))
+    path = one.out / "methods" / f"{name.replace(' ', '-')}.json"
+    return Cell(path, key, partial(scored, one, method, settings))
+
+
+def _results(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    found = [cell.read() for cell in cells]
+    return [result for result in found if result is not None]  # all are there
+
+
+def _figures(
+    one: Study,
+    before: Mapping[str, Any],
+    halves: Sequence[Mapping[str, Any]],
+    again: Sequence[Mapping[str, Any]],
+    methods: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """From the cells to ``retrain.json``."""
+    m = len(halves)
+    means, means_again = [one.means(h) for h in halves], [one.means(h) for h in again]
+    loss_J = {k: np.array([x[k] for x in means]) for k in LOSSES}
+    loss_R = {k: np.array([x[k] for x in means_again]) for k in LOSSES}
+    draws_BJ = correlation.draws(m, derive_seed(one.config.seed, "bootstrap"))
+    draws_BR = correlation.draws(len(again), derive_seed(one.config.seed, "bootstrap", "again"))
+    noise: dict[str, Any] = {}
+    for k in LOSSES:
+        reliability = correlation.estimate(loss_R[k], loss_J[k][: len(again)], draws_BR)
+        noise[k] = {
+            "reliability": reliability.record(),
+            "ceiling": correlation.ceiling(reliability),
+            "spread_subsets": float(loss_J[k].std(ddof=1)),
+            "spread_seeds": float((loss_R[k] - loss_J[k][: len(again)]).std(ddof=1) / math.sqrt(2)),
+        }
+    member_JN = np.zeros((m, len(one.rows)))
+    for j in range(m):
+        member_JN[j, one.half(j)] = 1
+
+    def row(name: str, estimates: Mapping[str, Estimate], **more: Any) -> dict[str, Any]:
+        quality = {k: e.record() for k, e in estimates.items()}
+        share = {k: e.over(noise[k]["ceiling"]).record() for k, e in estimates.items()}
+        return {"name": name, "quality": quality, "of_ceiling": share, "error": None, **more}
+
+    chance_KJ = random_scores(one, RANDOM_SEEDS) @ member_JN.T
+    rows = []
+    for name, found in methods.items():
+        cost = {key: found.get(key) for key in ("flops", "seconds", "scores", "error")}
+        sums_J = member_JN @ np.array(found["scores"]) if "scores" in found else np.zeros(m)  # constant: no quality
+        rows.append(row(name, {k: correlation.estimate(sums_J, -loss_J[k], draws_BJ) for k in LOSSES}, **cost,
+                        settings=settings[name]))  # fmt: skip
+    return {
+        "schema": 1,
+        "versions": {"bilect": __version__, "torch": torch.__version__},
+        "config": one.config.model_dump(mode="json"),
+        "candidates": one.run.pool().doc_ids(one.rows),
+        "warm": one.means(before),
+        "subsets": [{"members": one.half(j).tolist(), **means[j], "seconds": halves[j]["seconds"]} for j in range(m)],
+        "again": means_again,
+        "noise": noise,
+        "random": row("random", {k: correlation.null(chance_KJ, -loss_J[k]) for k in LOSSES}, seeds=RANDOM_SEEDS),
+        "methods": sorted(rows, key=_quality, reverse=True),
+    }
+
+
+def _quality(row: Mapping[str, Any]) -> float:
+    value = row["quality"]["heldout"]["value"]
+    return -math.inf if value is None else float(value)
+
+
+def noise_note(result: Mapping[str, Any]) -> str:
+    """How much of the spread between halves is noise, in a sentence."""
+    noise, mean = result["noise"]["heldout"], np.mean([s["heldout"] for s in result["subsets"]])
+    share = f"ceiling {noise['ceiling']:.2f}" if noise["ceiling"] is not None else "no ceiling: two trainings disagree"
+    return (f"Held-out loss: warm {result['warm']['heldout']:.4f}, retrained {mean:.4f}, spread over halves "
+            f"{noise['spread_subsets']:.4f}, over seeds {noise['spread_seeds']:.4f}; {share} "
+            f"(reliability over {len(result['again'])} halves {interval(noise['reliability'])})")  # fmt: skip
+
+
+def _table(result: Mapping[str, Any]) -> Table:
+    halves, candidates = len(result["subsets"]), len(result["candidates"])
+    table = Table(
+        title=f"Spearman of summed scores with minus the loss after retraining: {halves} halves of {candidates}"
+    )
+    for name in ("method", "held-out, 95%", "of the ceiling", "upper", "TFLOPs", "s"):
+        wide = name in ("method", "held-out, 95%")
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=wide)
+    for row in (*result["methods"], result["random"]):
+        if row["error"] is not None:
+            table.add_row(row["name"], "failed")
+            continue
+        cost = (f"{row['flops'] / 1e12:.3f}", f"{row['seconds']:.1f}") if "flops" in row else ("0", "")
+        table.add_row(row["name"], interval(row["quality"]["heldout"]), short(row["of_ceiling"]["heldout"]["value"]),
+                      short(row["quality"]["upper"]["value"]), *cost)  # fmt: skip
+    return table

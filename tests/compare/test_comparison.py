@@ -1,0 +1,118 @@
+"""Comparison, verdict, table and page of invented runs whose figures are known by hand."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from bilect.compare import comparison as module
+from bilect.compare.collect import Arm, Point
+from bilect.compare.comparison import compare_runs, csv_text
+from bilect.compare.page import render
+from bilect.compare.verdict import cost_ratio, verdict
+
+SEEDS = (0, 1, 2)
+START = {"math": 6.0, "other": 8.0}
+
+
+def arm(end, other=7.0, *, choosing=0.0, training=1000.0, kept=(), tokens=100, **more):
+    """A straight curve from START to ``end`` at 80 tokens; the decayed model is 0.1 below."""
+    losses = (START, {"math": (6 + end) / 2, "other": other}, {"math": end, "other": other})
+    curve = [Point(40.0 * i, choosing, loss) for i, loss in enumerate(losses)]
+    heldout = {"math": {"loss": end - 0.1, "accuracy": 0.25}, "other": {"loss": other, "accuracy": None}}
+    cost = [{"seconds": 2.0, "flops": flops} for flops in (choosing, training)]
+    return Arm(heldout, curve, tokens, *cost, 1.5, frozenset(kept), **more)
+
+
+def runs(bliss=(4.0, 4.1, 4.3), random=(5.0, 5.2, 5.1), full=(4.9, 5.1, 5.0)):
+    return [
+        {
+            "warm": Arm({"math": {"loss": 6.0, "accuracy": 0.0}, "other": {"loss": 8.0, "accuracy": None}}),
+            "bliss": arm(b, choosing=500.0, training=1500.0, kept={"a", "b"}, kept_fraction={"<b>s</b>": 0.5}),
+            "random": arm(r),
+            "full": arm(f),
+            "dsir": arm(b + 0.01 * i, kept={"b", "c", "d"}, kept_fraction={"<b>s</b>": 0.25}),
+        }
+        for i, (b, r, f) in enumerate(zip(bliss, random, full, strict=True))
+    ]
+
+
+def compared(monkeypatch, seeds, loss_on="math"):
+    settings = SimpleNamespace(compare=SimpleNamespace(loss_on=loss_on), selection=SimpleNamespace(keep_ratio=0.2))
+    cells = [SimpleNamespace(variant="base", config=SimpleNamespace(seed=s, **vars(settings))) for s in SEEDS]
+    monkeypatch.setattr(module, "collect", lambda cell: seeds[cell.config.seed])
+    return compare_runs(cells, {})
+
+
+@pytest.fixture
+def base(monkeypatch):
+    return compared(monkeypatch, runs())
+
+
+def test_losses_and_paired_differences(base):
+    arms = base["variants"]["base"]["arms"]
+    assert arms["bliss"]["loss"]["values"] == pytest.approx([3.9, 4.0, 4.2])
+    assert arms["bliss"]["minus_random"]["values"] == pytest.approx([-1.0, -1.1, -0.8])
+    assert arms["bliss"]["minus_full"]["mean"] == pytest.approx(-(0.9 + 1.0 + 0.7) / 3)
+    assert arms["random"]["minus_random"]["mean"] is None
+    assert arms["bliss"]["heldout"]["other"]["loss"]["mean"] == 7.0
+    assert arms["bliss"]["heldout"]["math"]["accuracy"]["mean"] == 0.25
+    assert base["variants"]["base"]["best"] == "bliss"
+    assert arms["dsir"]["minus_best"]["values"] == pytest.approx([0.0, 0.01, 0.02])
+
+
+def test_without_a_deciding_set_the_mean_over_the_sets_decides(monkeypatch):
+    arms = compared(monkeypatch, runs(), None)["variants"]["base"]["arms"]
+    assert arms["bliss"]["loss"]["values"][0] == pytest.approx((3.9 + 7.0) / 2)
+
+
+def test_speedups_by_hand(base):
+    speedup = base["variants"]["base"]["arms"]["bliss"]["speedup"]
+    # seed 0: random falls by 1 in 80 tokens at 10 operations each; bliss by 2, at 15 each and 500 for choosing
+    assert speedup["tokens"]["values"][0] == pytest.approx(2.0)
+    assert speedup["flops"]["values"][0] == pytest.approx(800 / 600)
+    assert speedup["flops_with_choosing"]["values"][0] == pytest.approx(800 / 1100)
+    assert cost_ratio(base["variants"]["base"]["arms"], "bliss") == 2.0
+
+
+def test_overlap_and_curve(base):
+    variant = base["variants"]["base"]
+    assert variant["overlap"]["bliss"] == {"bliss": 1.0, "dsir": 0.25}
+    assert [p["tokens"] for p in variant["arms"]["bliss"]["curve"]] == [0.0, 40.0, 80.0]
+    assert variant["arms"]["bliss"]["curve"][-1]["mean"] == pytest.approx((4.0 + 4.1 + 4.3) / 3)
+
+
+def test_verdicts(base, monkeypatch):
+    sentences = base["variants"]["base"]["verdict"]
+    assert "Lowest on math is bliss: 4.033, 0.967" in sentences[0] and "below random" in sentences[0]
+    assert "dsir" in sentences[1] and "Not told apart" in sentences[1]
+    assert sentences[2].startswith("It comes down to random's final loss with 1.")  # 1100 / 800 in seed 0
+    assert "times as many operations, choosing included (1." in sentences[2] and "times fewer without" in sentences[2]
+    assert "Cheapest of these is dsir: 1.00 times random's operations, against 2.00." in sentences[3]
+    noisy = compared(monkeypatch, runs(bliss=(4.8, 5.4, 4.9), full=(5.0, 5.3, 5.2)))["variants"]["base"]
+    assert noisy["verdict"] == verdict(noisy) and "not told apart" in noisy["verdict"][0]
+    nothing = compared(monkeypatch, runs(random=(3.0, 3.1, 3.0)))["variants"]["base"]["verdict"]
+    assert nothing == ["No arm is below random on math (2.933); told apart, and higher: bliss, full, dsir."]
+    close = compared(monkeypatch, runs(full=(3.9, 4.2, 4.2), random=(5.0, 5.2, 5.1), bliss=(4.0, 4.1, 4.3)))
+    assert not any("does not pay" in s for s in close["variants"]["base"]["verdict"])
+    all_of_it = compared(monkeypatch, runs(full=(3.0, 3.1, 3.0)))["variants"]["base"]["verdict"]
+    assert all_of_it[0].startswith("Lowest on math is full") and "does not pay" in all_of_it[-1]
+
+
+def test_a_row_per_arm_and_seed(base):
+    rows = list(csv.DictReader(csv_text(base).splitlines()))
+    assert len(rows) == 5 * 3
+    row = next(r for r in rows if r["arm"] == "bliss" and r["seed"] == "2")
+    assert float(row["loss"]) == pytest.approx(4.2) and float(row["minus_random"]) == pytest.approx(-0.8)
+    assert float(row["choosing_flops"]) == 500.0 and row["variant"] == "base"
+    assert next(r for r in rows if r["arm"] == "random")["minus_random"] == ""
+
+
+def test_the_page_shows_every_arm_and_escapes_names(base):
+    page = render(json.loads(json.dumps(base, allow_nan=False)))
+    for name in ("bliss", "random", "full", "dsir", "warm"):
+        assert f'<th scope="row">{name}</th>' in page
+    assert "<b>s</b>" not in page and "&lt;b&gt;s" in page
+    assert "−0.967 ± 0.379" in page  # 4.302653 times the standard error of -1, -1.1 and -0.8
+    assert "script" not in page and "http://" not in page.replace("http://www.w3.org", "")
