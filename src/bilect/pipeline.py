@@ -29,7 +29,7 @@ from bilect.stages.context import RunContext, target_folder
 from bilect.summary import summarise
 from bilect.tasks import find_tasks
 
-__all__ = ["Command", "Stage", "run", "stages", "states", "wanted", "with_arms"]
+__all__ = ["Command", "Stage", "run", "stage_keys", "stages", "states", "wanted", "with_arms"]
 
 Command = Literal["warmup", "fit", "score", "select", "train", "eval", "run"]
 
@@ -205,11 +205,16 @@ def _carry_out(
 
 def states(plan: Sequence[Stage], manifest: Mapping[str, Any]) -> dict[str, bool]:
     """Which stages are done with their present settings and inputs."""
-    records, keys, done = manifest.get("stages", {}), dict[str, str](), dict[str, bool]()
+    records = manifest.get("stages", {})
+    return {name: records.get(name, {}).get("key") == key for name, key in stage_keys(plan).items()}
+
+
+def stage_keys(plan: Sequence[Stage]) -> dict[str, str]:
+    """Key of each stage, by name, with its present settings and inputs."""
+    keys = dict[str, str]()
     for s in plan:
         keys[s.name] = stage_key(s.name, s.settings, [keys[name] for name in s.after])
-        done[s.name] = records.get(s.name, {}).get("key") == keys[s.name]
-    return done
+    return keys
 
 
 def _measured(context: RunContext, action: Callable[[Path], Mapping[str, Any]], scratch: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from bilect.export import kept_ids
 from bilect.run_dir import read_manifest
 from bilect.stages.context import target_folder
 
-__all__ = ["Arm", "Point", "arms_of", "collect"]
+__all__ = ["Arm", "Point", "collect"]
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,12 @@ class Arm:
     tasks: dict[str, Any] = field(default_factory=dict)
 
 
-def arms_of(cell: Cell) -> list[str]:
-    """The arms that are trained."""
-    return ["bliss", *cell.config.controls]
-
-
 def collect(cell: Cell) -> dict[str, Arm]:
     """All arms of a finished run, and ``warm``, the model they start from."""
     summary = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
     records, tasks = read_manifest(cell.folder)["stages"], summary.get("tasks", {})
     found = {"warm": Arm(summary["heldout"]["warm"], tasks=tasks.get("warm", {}))}
-    for arm in arms_of(cell):
+    for arm in ("bliss", *cell.config.controls):
         numbers = range(1, cell.config.rounds + 1)
         choosing = [_choosing(records, arm, n) for n in numbers]
         training = [records[f"round {n}: train {arm}"] for n in numbers]

@@ -15,19 +15,19 @@ _OWN = ("random", "full", "blade", "rho1", "random-token")
 def gains_figure(name: str, arms: Mapping[str, Any]) -> str:
     """Difference from random of each arm: every seed, the mean, and its 95% interval."""
     rows = {arm: arms[arm]["minus_random"] for arm in arms if arm not in ("warm", "random")}
-    return _intervals(name, rows, {arm: _colour(arm) for arm in rows}, "held-out loss minus random's")
+    return _intervals(name, rows, {arm: _colour(arm) for arm in rows})
 
 
 def variants_figure(name: str, rows: Mapping[str, Any]) -> str:
     """Difference of one arm from random in each variant."""
-    return _intervals(name, rows, dict.fromkeys(rows, COLOURS["ours"]), "held-out loss minus random's")
+    return _intervals(name, rows, dict.fromkeys(rows, COLOURS["ours"]))
 
 
-def _intervals(name: str, rows: Mapping[str, Any], colours: Mapping[str, str], x: str) -> str:
+def _intervals(name: str, rows: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     shown = sorted(rows, key=lambda arm: rows[arm]["mean"])
     with drawing(name):
         figure = new_figure(0.9 + 0.3 * len(shown))
-        axes = figure.add_subplot(xlabel=f"{x} (left is better): seeds, mean, 95% interval")
+        axes = figure.add_subplot(xlabel="held-out loss minus random's (left is better): seeds, mean, 95% interval")
         for y, arm in enumerate(shown):
             own = rows[arm]
             if own["low"] is not None:

@@ -14,12 +14,12 @@ from bilect.errors import BilectError
 from bilect.progress import SilentProgress, Task
 from bilect.runtime.workers import cores, end_with_parent
 
-__all__ = ["carry_out", "default_workers"]
+__all__ = ["carry_out"]
 
 _messages: Any = None  # of a worker: where its notes go
 
 
-def default_workers(cells: Sequence[Cell]) -> int:
+def _default_workers(cells: Sequence[Cell]) -> int:
     """One per GPU, or per core where none is used; no more than there are cells."""
     import torch
 
@@ -27,7 +27,7 @@ def default_workers(cells: Sequence[Cell]) -> int:
     return min(gpus or cores(), len(cells))
 
 
-def gpu_names() -> list[str]:
+def _gpu_names() -> list[str]:
     """As ``CUDA_VISIBLE_DEVICES`` has them."""
     import torch
 
@@ -40,20 +40,20 @@ def carry_out(cells: Sequence[Cell], workers: int | None, say: Callable[[str], N
 
     Args:
         cells: see there.
-        workers: processes, each with its share of the cores, and a GPU where there are any; None: ``default_workers``.
+        workers: processes, each with its share of the cores, and a GPU where there are any; None: ``_default_workers``.
         say: takes a line for the reader whenever a stage has finished.
 
     Raises:
         BilectError: the first of a cell, with its name; the others are finished first, and kept. Or: a process was
             killed.
     """
-    context, workers = get_context("spawn"), workers or default_workers(cells)
+    context, workers = get_context("spawn"), workers or _default_workers(cells)
     messages, numbers = context.Queue(), context.Queue()
     for n in range(workers):
         numbers.put(n)
     failed = list[Exception]()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start,
-                             initargs=(messages, numbers, workers, gpu_names())) as pool:  # fmt: skip
+                             initargs=(messages, numbers, workers, _gpu_names())) as pool:  # fmt: skip
         running: dict[Future[None], Cell] = {pool.submit(_run, c): c for c in cells if c.base is None}
         try:
             while running:

@@ -13,7 +13,7 @@ __all__ = ["render"]
 
 def render(comparison: Mapping[str, Any]) -> str:
     """HTML of a ``comparison.json``."""
-    filters = {name: getattr(wording, name) for name in ("decimal", "signed", "percent", "power", "duration", "whole")}
+    filters = {name: getattr(wording, name) for name in ("decimal", "percent", "power", "duration")}
     filters["interval"] = _interval
     return render_template(
         "compare/template.html.j2",

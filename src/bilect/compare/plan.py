@@ -6,10 +6,10 @@ from pathlib import Path
 
 from bilect.compare.cells import Cell, cells, check
 from bilect.config import Config
-from bilect.pipeline import stages
+from bilect.pipeline import stage_keys, stages
 from bilect.plan import plan_run
 from bilect.progress import SilentProgress
-from bilect.run_dir import read_manifest, stage_key
+from bilect.run_dir import read_manifest
 from bilect.stages import texts
 from bilect.stages.context import RunContext
 
@@ -57,7 +57,4 @@ def _left(cell: Cell, found: Sequence[Cell]) -> list[str]:
 
 def _keys(cell: Cell) -> dict[str, str]:
     context = RunContext(cell.folder, cell.config, SilentProgress())
-    keys = dict[str, str]()
-    for s in stages(context, texts.input_hashes(context)):
-        keys[s.name] = stage_key(s.name, s.settings, [keys[name] for name in s.after])
-    return keys
+    return stage_keys(stages(context, texts.input_hashes(context)))

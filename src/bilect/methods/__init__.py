@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bilect.config import Config
     from bilect.methods.contract import DocumentMethod, Inputs, Method
 
-__all__ = ["GROUP", "choosers", "get", "load", "make", "names"]
+__all__ = ["GROUP", "choosers", "get", "load", "make", "make_for", "names"]
 
 GROUP = "bilect.methods"
 
@@ -76,6 +76,17 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> "Any":
         raise BilectError(f"{name}: {explain_wrong(error, method.Config)}") from error
 
 
+def make_for(config: "Config", name: str, settings: Mapping[str, Any] | None = None) -> "Any":
+    """``make`` for a run: settings given here go before those of ``methods``, and these before ``fit`` (bilevel ones)."""
+    from bilect.config import FitConfig
+
+    inherited: dict[str, Any] = {}
+    if issubclass(get(name).Config, FitConfig):
+        fit = config.fit.model_dump(exclude={"hypergradient"}, exclude_none=True)
+        inherited = {**fit, "score_head": config.models.score_head}
+    return make(name, {**inherited, **config.methods.get(name, {}), **(settings or {})})
+
+
 def choosers(config: "Config") -> dict[str, "DocumentMethod[Any]"]:
     """The document methods among the controls of a run, by name; "random" and "full" need none.
 
@@ -84,10 +95,10 @@ def choosers(config: "Config") -> dict[str, "DocumentMethod[Any]"]:
     Raises:
         BilectError: no such method, or not one of documents; wrong settings, or settings of another arm.
     """
-    from bilect.config import TOKEN_METHODS, FitConfig
+    from bilect.config import TOKEN_METHODS
     from bilect.methods.contract import DocumentMethod
 
-    found, fit = {}, config.fit.model_dump(exclude={"hypergradient"}, exclude_none=True)
+    found = {}
     for arm in config.controls:
         if arm in ("random", "full", *TOKEN_METHODS):
             continue
@@ -95,11 +106,9 @@ def choosers(config: "Config") -> dict[str, "DocumentMethod[Any]"]:
             raise BilectError("controls: bliss is what the run itself does; leave it out")
         if arm not in names():
             raise BilectError(f"controls: {_unknown(arm)}")
-        method = get(arm)
-        if not issubclass(method, DocumentMethod):
+        if not issubclass(get(arm), DocumentMethod):
             raise BilectError(f"controls: {arm} does not choose documents")
-        as_bliss = {**fit, "score_head": config.models.score_head} if issubclass(method.Config, FitConfig) else {}
-        found[arm] = make(arm, {**as_bliss, **config.methods.get(arm, {})})
+        found[arm] = make_for(config, arm)
     if unused := [name for name in config.methods if name not in (*found, *TOKEN_METHODS)]:
         raise BilectError(f"methods: settings of {unused[0]!r}, which is none of the controls that choose")
     return found

@@ -42,9 +42,7 @@ def settings_of(config: Config, variant: Variant) -> dict[str, Any]:
         BilectError: a setting that the method does not know.
     """
     name, own = variant
-    fit = {**config.fit.model_dump(), "score_head": config.models.score_head} if name.startswith("bliss") else {}
-    method = methods.make(name, {**fit, **config.methods.get(name, {}), **own})
-    return dict(method.config.model_dump(mode="json"))
+    return dict(methods.make_for(config, name, own).config.model_dump(mode="json"))
 
 
 def scored(study: Study, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
