@@ -117,13 +117,14 @@ class PublishedStep:
         config = self.config
         numel = sum(p.numel() for p in self.params)
         z = [torch.full_like(p, 1.0 / numel) for p in self.params]
+        step_size = config.solver_step_size or 1e-2
         with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivatives
             lower_gradient = torch.autograd.grad(self.lower_loss(batch, weight_B), self.params, create_graph=True)
             for _ in range(config.solver_steps):
                 products = torch.autograd.grad(lower_gradient, self.params, grad_outputs=z, retain_graph=True)
                 residuals = [h - b for h, b in zip(products, upper_gradient, strict=True)]
                 scales = [torch.clamp(1.0 / r.norm(), max=1.0) for r in residuals]
-                z = [v - config.solver_step_size * scale * r for v, r, scale in zip(z, residuals, scales, strict=True)]
+                z = [v - step_size * scale * r for v, r, scale in zip(z, residuals, scales, strict=True)]
         return z
 
 

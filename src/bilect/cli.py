@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -232,12 +232,13 @@ def verify(
     ] = None,
     subsets: Annotated[int | None, typer.Option(help="With --retrain: halves to train on; default 64.")] = None,
     candidates: Annotated[int | None, typer.Option(help="With --retrain: documents; default 256.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="With --retrain: fits of every method; default 1.")] = None,
     workers: Annotated[int | None, typer.Option(help="With --retrain: processes; default: one per core.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Every estimator against the exact answer, on problems small enough to have one; exit code 1 if a claim fails."""
-    sizes = {"subsets": subsets, "candidates": candidates, "workers": workers}
-    given = {name: size for name, size in sizes.items() if size is not None}
+    sizes = {"subsets": subsets, "candidates": candidates, "seeds": seeds, "workers": workers}
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
     if retrain is None:
         if given or overrides:
             raise BilectError(f"verify: --{next(iter(given), 'set')} belongs to --retrain CONFIG, which is missing")

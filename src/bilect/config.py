@@ -164,7 +164,9 @@ class FitConfig(_Settings):
         "adam", description="of the implicit hypergradient (paper: sgd)"
     )
     solver_steps: Positive = Field(3, description="Hessian products of neumann, cg and sgd (paper: 3)")
-    solver_step_size: PositiveFloat = Field(1e-2, description="of neumann and sgd (paper: 1e-2)")
+    solver_step_size: PositiveFloat | None = Field(
+        None, description="None: 1 over the Hessian's norm, measured (neumann), 1e-2 (sgd; as in the paper)"
+    )
     damping: NonNegative = Field(0.0, description="added to the Hessian's diagonal")
     hvp: Literal["exact", "finite_difference", "forward_difference"] = Field(
         "finite_difference", description="forward_difference costs half, and is right to about 1e-2"

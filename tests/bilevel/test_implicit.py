@@ -169,6 +169,27 @@ def test_the_fit_uses_the_solver_asked_for(solver: str) -> None:
     assert relative(spy.gradient["free"], expected) <= 1e-6
 
 
+def test_neumann_steps_by_the_norm_it_measures() -> None:
+    """At the first step and every ``log_every`` after: 1 over the ratio of two powers of the dense Hessian."""
+    config = CONFIG.model_copy(
+        update={"solver": "neumann", "solver_steps": 2, "damping": 0.4, "kl_coef": 0.0, "log_every": 2}
+    )
+    table = TableScores([int(ids[0]) for ids, _ in DOCS], torch.zeros(4, dtype=torch.float64))
+    spy, measured, expected = Spy(config, table, batch_of(UPPER), batch_of(DOCS), None), [], []
+    for _ in range(3):
+        weights = table.free.detach().softmax(0)
+        spy.fit.step()
+        measured.append(spy.fit.step_size)
+        params = {k: p.detach() for k, p in spy.proxy.named_parameters()}
+        b = flatten(gradient_of(lambda p: reference_upper(spy.proxy, p, UPPER), params))
+        a = dense_hessian(lambda p, w=weights: reference_lower(spy.proxy, p, DOCS, w, l2_coef=L2), params)
+        a += 0.4 * torch.eye(len(b), dtype=torch.float64)
+        powers = [float((torch.linalg.matrix_power(a, k) @ b).norm()) for k in (4, 5)]
+        expected.append(powers[0] / powers[1])
+    assert measured == pytest.approx([expected[0], expected[0], expected[2]], rel=1e-8)
+    assert measured[2] != pytest.approx(measured[0], rel=1e-6)
+
+
 # -------------------------------------------------------------------------------------------------------------- sign
 
 

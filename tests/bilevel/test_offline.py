@@ -292,12 +292,13 @@ def test_a_fresh_batch_survives_being_used_first_inside_a_transform() -> None:
 RESUMED: list[dict[str, Any]] = [
     {"solver": "adam", "inner_steps": 2},
     {"solver": "cg", "damping": 1.0},
+    {"solver": "neumann"},
     {"hypergradient": "penalty", "sync_every": 3, "reference_steps": 2},
     {"hypergradient": "penalty", "sync_every": 3, "reference_steps": 2, "baseline": "model"},
 ]
 
 
-@pytest.mark.parametrize("choice", RESUMED, ids=["adam", "cg", "matched", "model"])
+@pytest.mark.parametrize("choice", RESUMED, ids=["adam", "cg", "neumann", "matched", "model"])
 def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(choice: dict[str, Any], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"dtype": torch.float32, "warmup_ratio": 0.25, "log_every": 2, "weight_decay": 0.1}
     whole = make(**settings, **choice)

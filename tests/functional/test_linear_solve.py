@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilect.functional.linear_solve import adam, cg, identity, neumann, relative_residual, sgd
+from bilect.functional.linear_solve import adam, cg, identity, neumann, relative_residual, sgd, spectral_norm
 from bilect.functional.trees import Tree, TreeMap
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 1, 3)}
@@ -111,6 +111,18 @@ def test_truncated_neumann_is_the_explicit_sum(positive: Tensor, rhs: Tree, step
     solution = neumann(product_with(positive), rhs, steps=steps, step_size=eta, damping=damping)
     torch.testing.assert_close(flat(solution.z), expected, rtol=1e-12, atol=1e-12)
     assert solution.products == steps
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_the_norm_grows_towards_the_greatest_eigenvalue(rhs: Tree, damping: float) -> None:
+    matrix = matrix_with(torch.linspace(-6, 5, SIZE, dtype=torch.float64))  # the greatest in size is negative
+    b = flat(rhs)
+    a = matrix + damping * torch.eye(SIZE, dtype=torch.float64)
+    found = [spectral_norm(product_with(matrix), rhs, steps=k, damping=damping) for k in (1, 2, 5, 20, 500)]
+    assert found[2] == pytest.approx(float((torch.linalg.matrix_power(a, 5) @ b).norm()
+                                           / (torch.linalg.matrix_power(a, 4) @ b).norm()))  # fmt: skip
+    assert found == sorted(found) and found[-1] == pytest.approx(6 - damping, rel=1e-9)
+    assert spectral_norm(lambda v: tree(0 * flat(v)), rhs) == 0
 
 
 def test_neumann_converges_to_the_solve(rhs: Tree) -> None:

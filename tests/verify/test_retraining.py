@@ -27,8 +27,8 @@ from bilect.verify.retraining.subsets import Study
 from tests.corpus import tiny_settings, write_corpus
 from tests.killing import in_fork
 
-TWO = {name: VARIANTS[name] for name in ("dsir mean", "bliss identity")}
-SIZES = {"subsets": 4, "candidates": 24, "workers": 1, "variants": TWO}
+TWO = {name: VARIANTS[name] for name in ("dsir mean", "bliss adam")}
+SIZES = {"subsets": 4, "candidates": 24, "seeds": 2, "workers": 1, "variants": TWO}
 
 
 @pytest.fixture
@@ -43,15 +43,17 @@ def synthetic():
 
 def test_the_true_scores_correlate_perfectly_and_random_ones_within_chance(synthetic):
     rng, member_JN, _, sums_J, noise_J = synthetic
-    draws_BJ = correlation.draws(60, 0)
-    assert correlation.estimate(sums_J, 7 + 3 * sums_J, draws_BJ) == correlation.Estimate(
-        *(pytest.approx(1.0) for _ in range(3))
-    )
+    draws = correlation.draws(60, 1, 0)
+
+    def estimate(predicted_J, actual_J):
+        return correlation.estimate(correlation.resampled(predicted_J[None], actual_J, draws))
+
+    assert estimate(sums_J, 7 + 3 * sums_J) == correlation.Estimate(*(pytest.approx(1.0) for _ in range(3)))
     chance = correlation.null(rng.random((400, 100)) @ member_JN.T, sums_J)
     assert abs(chance.value) < 0.03  # 0.13 / sqrt(400), four times over
     deviation = np.sqrt(1 / 60 + 1 / 100)  # of halves, and of documents, which is left when all halves are known
     assert [chance.low, chance.high] == pytest.approx([-1.96 * deviation, 1.96 * deviation], abs=0.03)
-    noisy = correlation.estimate(sums_J, sums_J + noise_J, draws_BJ)
+    noisy = estimate(sums_J, sums_J + noise_J)
     assert noisy.value == pytest.approx(spearmanr(sums_J, sums_J + noise_J).statistic)
     error = (1 - noisy.value**2) / np.sqrt(59)  # of a correlation of 60 pairs, to first order
     assert noisy.high - noisy.low == pytest.approx(2 * 1.96 * error, rel=0.35)
@@ -63,16 +65,18 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     truth = 6 / np.pi * np.arcsin(np.sqrt(0.5) / 2)  # Spearman of a normal pair whose correlation is sqrt(1/2)
     for _ in range(60):
         a, b = rng.normal(size=(2, 60))
-        found = correlation.estimate(a, a + b, correlation.draws(60, 2)[:500])
+        found = correlation.estimate(correlation.resampled(a[None], a + b, correlation.draws(60, 1, 2))[:501])
         covered += found.low < truth < found.high
     assert 53 <= covered <= 59
 
 
-def test_the_ceiling_is_the_correlation_of_the_truth_with_a_noisy_loss():
+def test_the_ceiling_is_the_correlation_of_the_truth_with_a_noisy_loss(monkeypatch):
     rng = np.random.default_rng(0)
     truth_J = rng.normal(size=4000)
     one_J, other_J = truth_J + rng.normal(size=(2, 4000))
-    reliability = correlation.estimate(one_J, other_J, correlation.draws(4000, 0)[:20])
+    monkeypatch.setattr(correlation, "RESAMPLES", 20)
+    draws = correlation.draws(4000, 1, 0)
+    reliability = correlation.estimate(correlation.resampled(one_J[None], other_J, draws))
     assert correlation.ceiling(reliability) == pytest.approx(float(correlation.spearman(truth_J, one_J)), abs=0.02)
     half = correlation.Estimate(0.4, -0.2, 0.6).over(0.5)
     assert half == correlation.Estimate(0.8, -0.4, 1.2)
@@ -80,9 +84,34 @@ def test_the_ceiling_is_the_correlation_of_the_truth_with_a_noisy_loss():
 
 def test_what_is_constant_has_no_correlation():
     none = correlation.Estimate(None, None, None)
-    assert correlation.estimate(np.zeros(8), np.arange(8.0), correlation.draws(8, 0)) == none
+    assert (
+        correlation.estimate(correlation.resampled(np.zeros((1, 8)), np.arange(8.0), correlation.draws(8, 1, 0)))
+        == none
+    )
     assert correlation.ceiling(none) is None and correlation.ceiling(correlation.Estimate(-0.1, -1, 1)) is None
     assert correlation.Estimate(0.5, 0, 1).over(None) == none
+
+
+def test_seeds_are_averaged_and_differences_are_of_the_same_halves_and_seeds():
+    rng = np.random.default_rng(3)
+    truth_J = rng.normal(size=50)
+    sums_KJ = truth_J + rng.normal(size=(3, 50))
+    draws = correlation.draws(50, 3, 0)
+    values_B = correlation.resampled(sums_KJ, truth_J, draws)
+    each = [spearmanr(s, truth_J).statistic for s in sums_KJ]
+    assert values_B.shape == (2001,) and values_B[0] == pytest.approx(np.mean(each))
+    halves, seeds = draws.halves_BJ[7], draws.seeds_BK[7]
+    assert values_B[8] == pytest.approx(
+        np.mean([spearmanr(sums_KJ[k, halves], truth_J[halves]).statistic for k in seeds])
+    )
+    assert len(set(seeds.tolist())) > 1 and {k for row in draws.seeds_BK for k in row.tolist()} == {0, 1, 2}
+    # the same method on another scale differs by nothing in every resample; a nearly equal one by little
+    same = correlation.resampled(5 * sums_KJ - 1, truth_J, draws)
+    assert correlation.estimate(same - values_B) == correlation.Estimate(0, 0, 0)
+    near = correlation.resampled(sums_KJ + 0.1 * rng.normal(size=(3, 50)), truth_J, draws)
+    apart, own = correlation.estimate(near - values_B), correlation.estimate(values_B)
+    assert apart.low < apart.value < apart.high
+    assert apart.high - apart.low < 0.4 * (own.high - own.low)
 
 
 def test_ties_have_their_mean_rank():
@@ -147,17 +176,28 @@ def test_figures_follow_from_the_cells(finished):
     json.dumps(result, allow_nan=False)
     assert {r["name"] for r in result["methods"]} == set(TWO) and len(result["subsets"]) == 4
     losses = [json.loads((out / "subsets" / f"000{j}.json").read_text())["result"] for j in range(4)]
+    quality = {}
     for row in result["methods"]:
-        file = out / "methods" / f"{row['name'].replace(' ', '-')}.json"
-        scores = np.array(json.loads(file.read_text())["result"]["scores"])
-        sums = [scores[s["members"]].sum() for s in result["subsets"]]
+        file = out / "methods" / row["name"].replace(" ", "-")
+        cells = [json.loads(file.with_name(f"{file.name}-{k}.json").read_text())["result"] for k in range(2)]
+        assert row["scores"] == [c["scores"] for c in cells] and row["flops"] == np.mean([c["flops"] for c in cells])
+        sums = [[np.array(c["scores"])[s["members"]].sum() for s in result["subsets"]] for c in cells]
         for name in ("heldout", "upper"):
-            expected = spearmanr(sums, [-x[name][name] for x in losses]).statistic
+            expected = np.mean([spearmanr(s, [-x[name][name] for x in losses]).statistic for s in sums])
+            quality[row["name"], name] = expected
             assert row["quality"][name]["value"] == pytest.approx(expected)
+    minus = next(r for r in result["methods"] if r["name"] == "dsir mean")["minus_own"]
+    assert (
+        result["own"] == "bliss adam"
+        and next(r for r in result["methods"] if r["name"] != "dsir mean")["minus_own"] == {}
+    )
+    for name in ("heldout", "upper"):
+        assert minus[name]["value"] == pytest.approx(quality["dsir mean", name] - quality["bliss adam", name])
     assert len(set(json.dumps(s) for s in result["subsets"])) == 4 and len(result["again"]) == 2
     assert result["again"][0]["heldout"] != result["subsets"][0]["heldout"]  # another order of the documents
     first, second = (next(r for r in result["methods"] if r["name"] == n) for n in TWO)
     assert first["flops"] == 0 and second["flops"] > 0
+    assert second["scores"][0] != second["scores"][1]  # another seed of the fit
 
 
 def test_the_page_has_three_plots_and_loads_nothing(finished):
@@ -191,7 +231,8 @@ def test_a_killed_study_goes_on_and_repeats_no_cell(corpus, finished, tmp_path, 
         "warm.json", "0000.json"
     }  # fmt: skip
     again = studies.study(config, out, **SIZES)
-    assert made == ["0001", "0002", "0003", "0000-again", "0001-again", "dsir-mean", "bliss-identity"]
+    assert made == ["0001", "0002", "0003", "0000-again", "0001-again", "dsir-mean-0", "bliss-adam-0",
+                    "dsir-mean-1", "bliss-adam-1"]  # fmt: skip
 
     def without_times(result):
         return json.loads(json.dumps(result), object_hook=lambda d: {k: v for k, v in d.items() if k != "seconds"})
@@ -227,7 +268,10 @@ def test_a_changed_config_redoes_what_depends_on_it(corpus, finished, tmp_path, 
     changed = small(corpus)
     changed["fit"] |= {"score_learning_rate": 1e-2}
     studies.study(parse_config(changed), out, **SIZES)
-    assert made == ["bliss-identity"]
+    assert made == ["bliss-adam-0", "bliss-adam-1"]
+    made.clear()
+    studies.study(parse_config(changed), out, **{**SIZES, "seeds": 3})
+    assert made == ["dsir-mean-2", "bliss-adam-2"]
     made.clear()
     result = studies.study(parse_config(changed), out, **{**SIZES, "subsets": 5})
     assert made == ["0004"] and result["subsets"][:4] == before["subsets"]
@@ -258,7 +302,11 @@ def test_settings_are_the_fits_before_the_variants(corpus):
     ("sizes", "message"),
     [
         ({"candidates": 91}, "round 1 has 90 documents, fewer than 91 candidates; lower --candidates"),
-        ({"subsets": 3}, "it takes at least 4 --subsets, 10 --candidates and one of --workers, not 3, 24 and 1"),
+        (
+            {"subsets": 3},
+            "it takes at least 4 --subsets, 10 --candidates, one of --seeds and one of --workers, not 3, 24, 2 and 1",
+        ),
+        ({"seeds": 0}, "one of --seeds and one of --workers, not 4, 24, 0 and 1"),
         ({"variants": {"x": ("dsir", {"lenght": "sum"})}}, "dsir: unknown key 'lenght'; did you mean 'length'"),
     ],
 )
@@ -286,10 +334,11 @@ def test_the_command_says_what_is_wrong(tmp_path, arguments, message):
 def test_the_command_prints_a_table_and_writes_both_files(corpus, finished, tmp_path, monkeypatch):
     out, _ = finished
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(small(corpus)))
-    monkeypatch.setattr(studies.study, "__kwdefaults__", {**studies.study.__kwdefaults__, "variants": TWO})
+    defaults = {**studies.run_retraining.__kwdefaults__, "variants": TWO}
+    monkeypatch.setattr(studies.run_retraining, "__kwdefaults__", defaults)
     done = CliRunner().invoke(
         app, ["verify", "--out", str(out), "--retrain", str(tmp_path / "c.yaml"), "--subsets", "4", "--candidates",
-              "24", "--workers", "1"], catch_exceptions=False
+              "24", "--seeds", "2", "--workers", "1"], catch_exceptions=False
     )  # fmt: skip
-    assert done.exit_code == 0 and "bliss identity" in done.output and "spread over halves" in done.output
+    assert done.exit_code == 0 and "less that of bliss" in done.output and "spread over halves" in done.output
     assert len(json.loads((out / "retrain.json").read_text())["candidates"]) == 24 and (out / "retrain.html").is_file()

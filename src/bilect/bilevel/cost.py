@@ -4,6 +4,7 @@ from transformers import PreTrainedModel
 
 from bilect.blade_config import BladeConfig
 from bilect.config import FitConfig
+from bilect.functional.linear_solve import NORM_PRODUCTS
 from bilect.models.flops import forward_flops
 
 __all__ = ["fit_flops", "selecting_flops"]
@@ -38,6 +39,8 @@ def fit_flops(
     if config.hypergradient == "implicit":
         products: float = 0 if config.solver in ("identity", "adam") else config.solver_steps
         products += 1 / config.log_every if config.solver != "cg" else 0  # the residual that is logged
+        if config.solver == "neumann" and config.solver_step_size is None:
+            products += NORM_PRODUCTS / config.log_every
         step += 3 * upper + 6 * lower * products
         step += {"jvp": 2, "finite_difference": 2, "ghost": 3}[config.directional] * lower
     else:

@@ -8,7 +8,7 @@ d comes from the implicit or the penalty hypergradient, see ``bilect.functional.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -84,6 +84,7 @@ class BilevelFit:
             for optimizer in (self.proxy_optimizer, self.score_optimizer)
         ]
         self.twins: Twins | None = None
+        self.step_size = config.solver_step_size  # of neumann
         self.steps_done = 0
 
     def step(self) -> dict[str, Any]:
@@ -130,6 +131,7 @@ class BilevelFit:
             "optimizers": [x.state_dict() for x in (self.proxy_optimizer, self.score_optimizer)],
             "schedules": [x.state_dict() for x in self.schedules],
             "twins": None if self.twins is None else vars(self.twins),
+            "step_size": self.step_size,
             "steps_done": self.steps_done,
         }
 
@@ -142,6 +144,7 @@ class BilevelFit:
         for schedule, own in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(own)
         self.twins = None if state["twins"] is None else Twins(**state["twins"])
+        self.step_size = state["step_size"]
         self.steps_done = state["steps_done"]
 
     def _scores(self, batch: Batch) -> Tensor:
@@ -222,14 +225,20 @@ class BilevelFit:
         if config.solver == "adam":
             return linear_solve.adam(b, self._second_moment(), self.proxy_optimizer.defaults["eps"])
         if config.solver == "neumann":
-            return linear_solve.neumann(
-                hvp, b, steps=config.solver_steps, step_size=config.solver_step_size, damping=config.damping
-            )
+            step_size = self._neumann_step_size(hvp, b)
+            return linear_solve.neumann(hvp, b, steps=config.solver_steps, step_size=step_size, damping=config.damping)
         if config.solver == "cg":
             return linear_solve.cg(hvp, b, steps=config.solver_steps, damping=config.damping)
-        return linear_solve.sgd(
-            hvp, b, steps=config.solver_steps, step_size=config.solver_step_size, damping=config.damping
-        )
+        step_size = config.solver_step_size or 1e-2
+        return linear_solve.sgd(hvp, b, steps=config.solver_steps, step_size=step_size, damping=config.damping)
+
+    def _neumann_step_size(self, hvp: Any, b: Tree) -> float:
+        """As set, or else ``1 / ||H + damping I||``, measured anew as often as the residual."""
+        config = self.config
+        if config.solver_step_size is None and (self.step_size is None or self.steps_done % config.log_every == 0):
+            size = linear_solve.spectral_norm(hvp, b, damping=config.damping)
+            self.step_size = 1 / size if size != 0 else 1.0
+        return cast(float, self.step_size)
 
     def _second_moment(self) -> Tree:
         beta = self.proxy_optimizer.defaults["betas"][1]

@@ -13,7 +13,20 @@ from torch import Tensor
 
 from bilect.functional.trees import Tree, TreeMap, add_scaled, dot, norm, scale, sub, zeros_like
 
-__all__ = ["Solution", "adam", "cg", "identity", "neumann", "relative_residual", "sgd"]
+__all__ = [
+    "NORM_PRODUCTS",
+    "Solution",
+    "adam",
+    "cg",
+    "identity",
+    "neumann",
+    "relative_residual",
+    "sgd",
+    "spectral_norm",
+]
+
+
+NORM_PRODUCTS = 5  # Hessian products to measure its norm with, where a step size is to follow from it
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,26 @@ def neumann(hvp: TreeMap, b: Tree, *, steps: int, step_size: float, damping: flo
         total = add_scaled(total, term)
     # (H + damping) z - b = -(I - eta (H + damping))^(K+1) b: the next term of the series, not known without a product
     return Solution(scale(total, step_size), steps)
+
+
+def spectral_norm(hvp: TreeMap, v: Tree, *, steps: int = NORM_PRODUCTS, damping: float = 0.0) -> float:
+    """``max |eigenvalue|`` of ``A = H + damping I`` by power iteration: ``||A^k v|| / ||A^(k-1) v||`` at k = steps.
+
+    Never above the truth, and no lower after another step (A is symmetric); zero where ``A v`` is.
+
+    Args:
+        hvp: Hessian product.
+        v: start.
+        steps: Hessian products; a handful will do from the gradient of a loss, which lies where curvature is great.
+        damping: added to the diagonal.
+    """
+    product, size = _damped(hvp, damping), 0.0
+    for _ in range(steps):
+        v = product(scale(v, 1 / norm(v).clamp(min=1e-30)))
+        size = float(norm(v))
+        if size == 0:
+            break
+    return size
 
 
 def cg(hvp: TreeMap, b: Tree, *, steps: int, damping: float = 0.0, tolerance: float = 1e-10) -> Solution:

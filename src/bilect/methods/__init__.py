@@ -77,7 +77,7 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> "Any":
 
 
 def make_for(config: "Config", name: str, settings: Mapping[str, Any] | None = None) -> "Any":
-    """``make`` for a run: settings given here go before those of ``methods``, and these before ``fit`` (bilevel ones)."""
+    """``make`` for a run: what is given here goes before ``methods``, and that before ``fit`` (bilevel methods)."""
     from bilect.config import FitConfig
 
     inherited: dict[str, Any] = {}

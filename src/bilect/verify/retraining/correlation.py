@@ -1,6 +1,7 @@
 """Rank correlations over subsets, with intervals, the chance level and the ceiling that noise sets.
 
-    quality   = Spearman over j of ( sum_{i in S_j} score_i ,  -loss_j )         (the linear datamodelling score)
+    quality   = Spearman over j of ( sum_{i in S_j} score_i ,  -loss_j ), mean over the seeds of the fit
+                                                                                (the linear datamodelling score)
     ceiling   = sqrt( Spearman over j of ( loss_j , loss'_j ) )                   ' : trained again in another order
 
 Were both losses the same truth plus independent noise, no prediction could correlate with one of them by more than the
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-__all__ = ["Estimate", "ceiling", "draws", "estimate", "null", "spearman"]
+__all__ = ["Draws", "Estimate", "ceiling", "draws", "estimate", "null", "resampled", "spearman"]
 
 RESAMPLES, LOW, HIGH = 2000, 2.5, 97.5
 
@@ -46,24 +47,39 @@ def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
 
-def draws(n_subsets: int, seed: int) -> np.ndarray:
-    """Subsets of each bootstrap resample, (2000, subsets): the same for all methods."""
-    return np.random.default_rng(seed).integers(n_subsets, size=(RESAMPLES, n_subsets))
+@dataclass(frozen=True)
+class Draws:
+    """What each bootstrap resample holds, the same for all methods: ``halves_BJ`` and ``seeds_BK`` of the fits."""
+
+    halves_BJ: np.ndarray
+    seeds_BK: np.ndarray
 
 
-def estimate(predicted_J: np.ndarray, actual_J: np.ndarray, draws_BJ: np.ndarray) -> Estimate:
-    """Spearman with its percentile interval over resampled subsets; the candidates are the same in all of them.
+def draws(n_subsets: int, n_seeds: int, seed: int) -> Draws:
+    """2000 resamples."""
+    generator = np.random.default_rng(seed)
+    halves_BJ = generator.integers(n_subsets, size=(RESAMPLES, n_subsets))
+    return Draws(halves_BJ, generator.integers(n_seeds, size=(RESAMPLES, n_seeds)))
+
+
+def resampled(predicted_KJ: np.ndarray, actual_J: np.ndarray, draws: Draws) -> np.ndarray:
+    """Mean Spearman over the seeds of a method: as found, then in each resample of halves and seeds; (1 + B,).
 
     Args:
-        predicted_J: sum of the scores of each subset.
+        predicted_KJ: sum of the scores of each half, from each seed.
         actual_J: minus its loss.
-        draws_BJ: see ``draws``.
+        draws: see there; the documents are the same in all of them.
     """
-    value = float(spearman(predicted_J, actual_J))
-    if math.isnan(value):
+    found = spearman(predicted_KJ, np.broadcast_to(actual_J, predicted_KJ.shape)).mean()
+    each_KB = np.stack([spearman(sums_J[draws.halves_BJ], actual_J[draws.halves_BJ]) for sums_J in predicted_KJ])
+    return np.append(found, np.take_along_axis(each_KB.T, draws.seeds_BK, axis=1).mean(1))
+
+
+def estimate(values_B: np.ndarray) -> Estimate:
+    """The first value with the percentile interval of the others: of one method, or of the difference of two."""
+    if math.isnan(values_B[0]):
         return Estimate(None, None, None)
-    low, high = np.nanpercentile(spearman(predicted_J[draws_BJ], actual_J[draws_BJ]), [LOW, HIGH])
-    return Estimate(value, float(low), float(high))
+    return Estimate(float(values_B[0]), *map(float, np.nanpercentile(values_B[1:], [LOW, HIGH])))
 
 
 def null(predicted_KJ: np.ndarray, actual_J: np.ndarray) -> Estimate:

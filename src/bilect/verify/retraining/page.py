@@ -94,7 +94,7 @@ def _sums(result: Mapping[str, Any], rows: Rows) -> str:
     with drawing("sums"):
         figure = new_figure(2.9)
         for i, row in enumerate(shown):
-            score_N = np.array(row["scores"])
+            score_N = np.array(row["scores"][0])
             sums_J = [float(score_N[s["members"]].sum()) for s in result["subsets"]]
             axes = figure.add_subplot(1, len(shown), i + 1, title=row["name"], xlabel="sum of the scores of a half")
             if i == 0:
@@ -102,4 +102,6 @@ def _sums(result: Mapping[str, Any], rows: Rows) -> str:
             axes.plot(sums_J, loss_J, "o", color=COLOURS["ours"], markersize=3.5)
             axes.locator_params(axis="x", nbins=5)
             axes.grid()
-        return to_svg(figure, "sums", "Sum of scores against held-out loss, one point per retrained half.")
+        return to_svg(
+            figure, "sums", "Sum of scores of the first seed against held-out loss, one point per retrained half."
+        )

@@ -17,7 +17,7 @@ from bilect.run_dir import derive_seed
 from bilect.stages.context import target_folder
 from bilect.verify.retraining.subsets import Study
 
-__all__ = ["VARIANTS", "Variant", "random_scores", "scored", "settings_of"]
+__all__ = ["VARIANTS", "Variant", "own_variant", "random_scores", "scored", "settings_of"]
 
 Variant = tuple[str, Mapping[str, Any]]  # method, and its settings
 
@@ -45,15 +45,26 @@ def settings_of(config: Config, variant: Variant) -> dict[str, Any]:
     return dict(methods.make_for(config, name, own).config.model_dump(mode="json"))
 
 
-def scored(study: Study, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def own_variant(config: Config) -> str:
+    """The variant that the run itself would choose by."""
+    return f"bliss {config.fit.solver}" if config.fit.hypergradient == "implicit" else "bliss-penalty"
+
+
+def scored(study: Study, name: str, settings: Mapping[str, Any], k: int) -> dict[str, Any]:
     """Scores of the candidates by one method, and what fit and scoring cost.
+
+    Args:
+        study: see there.
+        name: of the method.
+        settings: all of its settings.
+        k: number of the seed; it is the same for all settings of a method.
 
     Returns:
         ``scores``, ``flops``, ``seconds``; of a fit that breaks down, which is a finding, ``error`` instead.
     """
     method = methods.make(name, settings)
     with TemporaryDirectory() as folder, study.run.progress.task("fit") as task:
-        inputs = _inputs(study, Path(folder), derive_seed(study.config.seed, "method", name))
+        inputs = _inputs(study, Path(folder), derive_seed(study.config.seed, "method", name, k))
         start = time.perf_counter()
         try:
             flops = method.fit(inputs, task)["flops"]

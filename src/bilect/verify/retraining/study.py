@@ -20,9 +20,9 @@ from bilect.runtime.workers import cores
 from bilect.stages.context import RunContext
 from bilect.verify.retraining import correlation
 from bilect.verify.retraining.cells import Cell, fill
-from bilect.verify.retraining.correlation import Estimate
+from bilect.verify.retraining.correlation import Draws, Estimate
 from bilect.verify.retraining.page import interval, render, short
-from bilect.verify.retraining.scores import VARIANTS, Variant, random_scores, scored, settings_of
+from bilect.verify.retraining.scores import VARIANTS, Variant, own_variant, random_scores, scored, settings_of
 from bilect.verify.retraining.subsets import Study, retrained, warm
 
 __all__ = ["run_retraining", "study"]
@@ -34,7 +34,14 @@ LOSSES = ("heldout", "upper")
 
 
 def run_retraining(
-    config: Config, out: Path, *, subsets: int = 64, candidates: int = 256, workers: int | None = None
+    config: Config,
+    out: Path,
+    *,
+    subsets: int = 64,
+    candidates: int = 256,
+    seeds: int = 1,
+    workers: int | None = None,
+    variants: Mapping[str, Variant] = VARIANTS,
 ) -> None:
     """Carry out the study with live progress, print its table, and write ``retrain.json`` and ``retrain.html``.
 
@@ -43,7 +50,9 @@ def run_retraining(
         out: folder; the same call goes on in it.
         subsets: random halves to retrain on.
         candidates: documents they are drawn from.
+        seeds: fits of every method.
         workers: processes; by default as many as cores, one on a GPU.
+        variants: methods by the name they have in the results, with their settings.
 
     Raises:
         BilectError: a wrong number, or one line on what is wrong with the input.
@@ -52,7 +61,8 @@ def run_retraining(
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        result = study(config, out, progress, subsets=subsets, candidates=candidates, workers=workers)
+        result = study(config, out, progress, subsets=subsets, candidates=candidates, seeds=seeds, workers=workers,
+                       variants=variants)  # fmt: skip
         write_json(out / "retrain.json", result)
         write_text(out / "retrain.html", render(result))
         progress.console.print(_table(result))
@@ -70,21 +80,20 @@ def study(
     *,
     subsets: int,
     candidates: int,
+    seeds: int = 1,
     workers: int | None = None,
     variants: Mapping[str, Variant] = VARIANTS,
 ) -> dict[str, Any]:
     """Everything but the files for readers; see ``run_retraining``.
 
-    Args:
-        variants: methods by the name they have in the results, with their settings.
-
     Returns:
         The content of ``retrain.json``, see docs/verify.md.
     """
     progress = progress or SilentProgress()
-    if subsets < LEAST_SUBSETS or candidates < LEAST_CANDIDATES or (workers is not None and workers < 1):
-        raise BilectError(f"retrain: it takes at least {LEAST_SUBSETS} --subsets, {LEAST_CANDIDATES} --candidates and "
-                          f"one of --workers, not {subsets}, {candidates} and {workers or 'all'}")  # fmt: skip
+    if subsets < LEAST_SUBSETS or candidates < LEAST_CANDIDATES or min(seeds, 1 if workers is None else workers) < 1:
+        raise BilectError(f"retrain: it takes at least {LEAST_SUBSETS} --subsets, {LEAST_CANDIDATES} --candidates, one "
+                          f"of --seeds and one of --workers, not {subsets}, {candidates}, {seeds} and "
+                          f"{'all' if workers is None else workers}")  # fmt: skip
     settings = {name: settings_of(config, variant) for name, variant in variants.items()}  # a wrong one: now
     if workers is None:
         workers = cores() if pick_device(config.device).type == "cpu" else 1
@@ -95,13 +104,17 @@ def study(
         start = Cell(out / "warm.json", one.key("warm", [], warm_target), partial(warm, one))
         halves = [_half_cell(one, training, j, 0) for j in range(subsets)]
         again = [_half_cell(one, training, j, 1) for j in range(min(REPEATED, subsets))]
-        methods = {name: _method_cell(one, config, name, variants[name][0], settings[name]) for name in variants}
+        methods = {
+            name: [_method_cell(one, config, name, variants[name][0], settings[name], k) for k in range(seeds)]
+            for name in variants
+        }
         with progress.task("retrain on halves", 1 + len(halves) + len(again)) as task:
             fill([start, *halves, *again], workers, task)
-        with progress.task("fit and score", len(methods)) as task:
-            fill([*methods.values()], workers, task)
+        fits = [cell for cells in zip(*methods.values(), strict=True) for cell in cells]  # seed after seed
+        with progress.task("fit and score", len(fits)) as task:
+            fill(fits, workers, task)
         return _figures(one, _results([start])[0], _results(halves), _results(again),
-                        dict(zip(methods, _results([*methods.values()]), strict=True)), settings)  # fmt: skip
+                        {name: _results(cells) for name, cells in methods.items()}, settings, seeds)  # fmt: skip
 
 
 def _open(config: Config, out: Path, candidates: int) -> Study:
@@ -120,10 +133,10 @@ def _half_cell(one: Study, training: Mapping[str, Any], j: int, repeat: int) -> 
     return Cell(one.out / "subsets" / f"{name}.json", key, partial(retrained, one, j, repeat))
 
 
-def _method_cell(one: Study, config: Config, name: str, method: str, settings: Mapping[str, Any]) -> Cell:
-    key = one.key(method, [settings, config.fit.bf16], ("warm up proxy", "warm up target"))
-    path = one.out / "methods" / f"{name.replace(' ', '-')}.json"
-    return Cell(path, key, partial(scored, one, method, settings))
+def _method_cell(one: Study, config: Config, name: str, method: str, settings: Mapping[str, Any], k: int) -> Cell:
+    key = one.key(method, [settings, config.fit.bf16, k], ("warm up proxy", "warm up target"))
+    path = one.out / "methods" / f"{name.replace(' ', '-')}-{k}.json"
+    return Cell(path, key, partial(scored, one, method, settings, k))
 
 
 def _results(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -136,19 +149,21 @@ def _figures(
     before: Mapping[str, Any],
     halves: Sequence[Mapping[str, Any]],
     again: Sequence[Mapping[str, Any]],
-    methods: Mapping[str, Mapping[str, Any]],
+    methods: Mapping[str, Sequence[Mapping[str, Any]]],
     settings: Mapping[str, Any],
+    seeds: int,
 ) -> dict[str, Any]:
     """From the cells to ``retrain.json``."""
-    m = len(halves)
+    m, seed = len(halves), one.config.seed
     means, means_again = [one.means(h) for h in halves], [one.means(h) for h in again]
     loss_J = {k: np.array([x[k] for x in means]) for k in LOSSES}
     loss_R = {k: np.array([x[k] for x in means_again]) for k in LOSSES}
-    draws_BJ = correlation.draws(m, derive_seed(one.config.seed, "bootstrap"))
-    draws_BR = correlation.draws(len(again), derive_seed(one.config.seed, "bootstrap", "again"))
+    draws = correlation.draws(m, seeds, derive_seed(seed, "bootstrap"))
+    draws_again = correlation.draws(len(again), 1, derive_seed(seed, "bootstrap", "again"))
     noise: dict[str, Any] = {}
     for k in LOSSES:
-        reliability = correlation.estimate(loss_R[k], loss_J[k][: len(again)], draws_BR)
+        both = correlation.resampled(loss_R[k][None], loss_J[k][: len(again)], draws_again)
+        reliability = correlation.estimate(both)
         noise[k] = {
             "reliability": reliability.record(),
             "ceiling": correlation.ceiling(reliability),
@@ -165,12 +180,19 @@ def _figures(
         return {"name": name, "quality": quality, "of_ceiling": share, "error": None, **more}
 
     chance_KJ = random_scores(one, RANDOM_SEEDS) @ member_JN.T
-    rows = []
+    qualities = {name: _qualities(found, member_JN, loss_J, draws) for name, found in methods.items()}
+    own, rows = own_variant(one.config), []
     for name, found in methods.items():
-        cost = {key: found.get(key) for key in ("flops", "seconds", "scores", "error")}
-        sums_J = member_JN @ np.array(found["scores"]) if "scores" in found else np.zeros(m)  # constant: no quality
-        rows.append(row(name, {k: correlation.estimate(sums_J, -loss_J[k], draws_BJ) for k in LOSSES}, **cost,
-                        settings=settings[name]))  # fmt: skip
+        if error := next((f["error"] for f in found if "error" in f), None):
+            more: dict[str, Any] = {"error": error, "scores": None, "flops": None, "seconds": None}
+        else:
+            more = {key: float(np.mean([f[key] for f in found])) for key in ("flops", "seconds")}
+            more["scores"] = [f["scores"] for f in found]
+        less = {}
+        for k in LOSSES if own in methods and own != name else ():
+            less[k] = correlation.estimate(qualities[name][k] - qualities[own][k]).record()
+        rows.append(row(name, {k: correlation.estimate(qualities[name][k]) for k in LOSSES}, **more,
+                        minus_own=less, settings=settings[name]))  # fmt: skip
     return {
         "schema": 1,
         "versions": {"bilect": __version__, "torch": torch.__version__},
@@ -181,8 +203,20 @@ def _figures(
         "again": means_again,
         "noise": noise,
         "random": row("random", {k: correlation.null(chance_KJ, -loss_J[k]) for k in LOSSES}, seeds=RANDOM_SEEDS),
+        "own": own,
+        "seeds": seeds,
         "methods": sorted(rows, key=_quality, reverse=True),
     }
+
+
+def _qualities(
+    found: Sequence[Mapping[str, Any]], member_JN: np.ndarray, loss_J: Mapping[str, np.ndarray], draws: Draws
+) -> dict[str, np.ndarray]:
+    """See ``correlation.resampled``, for each loss; of a method that failed under some seed not a number."""
+    if any("scores" not in f for f in found):
+        return {k: np.full(1 + len(draws.halves_BJ), np.nan) for k in loss_J}
+    sums_KJ = np.array([f["scores"] for f in found]) @ member_JN.T
+    return {k: correlation.resampled(sums_KJ, -loss_J[k], draws) for k in loss_J}
 
 
 def _quality(row: Mapping[str, Any]) -> float:
@@ -202,9 +236,10 @@ def noise_note(result: Mapping[str, Any]) -> str:
 def _table(result: Mapping[str, Any]) -> Table:
     halves, candidates = len(result["subsets"]), len(result["candidates"])
     table = Table(
-        title=f"Spearman of summed scores with minus the loss after retraining: {halves} halves of {candidates}"
+        title=f"Spearman of summed scores with minus the loss after retraining: {halves} halves of {candidates}, "
+        f"{result['seeds']} seed{'s' if result['seeds'] > 1 else ''} of each fit"
     )
-    for name in ("method", "held-out, 95%", "of the ceiling", "upper", "TFLOPs", "s"):
+    for name in ("method", "held-out, 95%", f"less that of {result['own']}", "upper", "TFLOPs", "s"):
         wide = name in ("method", "held-out, 95%")
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=wide)
     for row in (*result["methods"], result["random"]):
@@ -212,6 +247,7 @@ def _table(result: Mapping[str, Any]) -> Table:
             table.add_row(row["name"], "failed")
             continue
         cost = (f"{row['flops'] / 1e12:.3f}", f"{row['seconds']:.1f}") if "flops" in row else ("0", "")
-        table.add_row(row["name"], interval(row["quality"]["heldout"]), short(row["of_ceiling"]["heldout"]["value"]),
+        less = row.get("minus_own", {}).get("heldout")
+        table.add_row(row["name"], interval(row["quality"]["heldout"]), interval(less) if less else "",
                       short(row["quality"]["upper"]["value"]), *cost)  # fmt: skip
     return table
