@@ -66,13 +66,8 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
     settings = config.model_dump()
     data, models, warmup = settings["data"], settings["models"], settings["warmup"]
     upper, heldout = data.pop("upper_data"), data.pop("heldout_data")
-    split = {
-        "seed": config.seed,
-        "ranks": distributed.world_size(),
-        "rounds": config.rounds,
-        "share": warmup["share"],
-        "heldout": [heldout, inputs["heldout_data"]],  # its documents are taken out of the pool
-    }
+    drawing = {"seed": config.seed, "ranks": distributed.world_size(), "share": warmup["share"]}
+    split = {**drawing, "rounds": config.rounds}
 
     def add(
         command: Command, in_round: int, name: str, action: Any, settings: Any, after: Iterable[str], **more: Any
@@ -81,20 +76,23 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
         act = partial(_measured, context, partial(action, context, **more))
         plan.append(Stage(name, act, settings, tuple(after), command, in_round))
 
-    add("warmup", 0, "tokenise pool", texts.tokenise_pool, [data, models, inputs["lower_data"]], [])
-    targets = [upper, heldout, inputs["upper_data"], inputs["heldout_data"]]
-    add("warmup", 0, "tokenise targets", texts.tokenise_targets, targets, ["tokenise pool"])
+    reading = [{**data, "tokenizer": texts.given_tokenizer(config)}, inputs["lower_data"]]
+    add("warmup", 0, "tokenise pool", texts.tokenise_pool, reading, [])
+    # its documents are taken out of the pool, so everything that draws from the pool comes after it
+    held_out = [heldout, inputs["heldout_data"]]
+    add("warmup", 0, "tokenise held-out", texts.tokenise_heldout, held_out, ["tokenise pool"])
+    add("warmup", 0, "tokenise upper", texts.tokenise_upper, [upper, inputs["upper_data"]], ["tokenise held-out"])
     for role in ("proxy", "target"):
         add(
             "warmup",
             0,
             f"warm up {role}",
             training.warm_up,
-            [split, models[role], warmup[role]],
-            ["tokenise pool"],
+            [drawing, models[role], warmup[role]],
+            ["tokenise held-out"],
             role=role,
         )
-    after = ["tokenise targets", "warm up target"]
+    after = ["tokenise held-out", "warm up target"]
     add("eval", 0, "evaluate warm", training.evaluate, [], after, folder="warmup/target")
 
     def add_tasks(in_round: int, arm: str, folder: str, after: str) -> None:
@@ -107,9 +105,11 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
     arms = ["bliss", *config.controls]
     chosen = {arm: method.config.model_dump(mode="json") for arm, method in choosers(config).items()}
     ready = {arm: "warm up target" for arm in arms}  # the last stage of each arm's target
-    carried = ["warm up proxy", "tokenise targets"]  # what the next fit starts from, besides the target
+    carried = ["warm up proxy", "tokenise upper"]  # what the next fit starts from, besides the target
     for n in range(1, config.rounds + 1):
-        fitting = [split, settings["fit"], models["score_head"], config.reset_proxy, config.carry_score_model]
+        fitting = [split, settings["fit"], models["score_head"]]
+        if n > 1:
+            fitting += [config.reset_proxy, config.carry_score_model]
         add("fit", n, "fit", choosing.fit, fitting, [*carried, ready["bliss"]], number=n)
         add("score", n, "score", choosing.score, [], [f"round {n}: fit"], number=n)
         add("select", n, "select", choosing.select, settings["selection"], [f"round {n}: score"], number=n)
@@ -117,24 +117,26 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
             after = [f"round {n}: select", ready[arm]] if arm == "bliss" else [ready[arm]]
             if arm in chosen:
                 choosing_by = [split, chosen[arm], settings["selection"], settings["fit"]["bf16"]]
-                before = ["warm up proxy", *(["tokenise targets"] if get(arm).uses_upper else []), ready[arm]]
+                uses = {"warm up proxy": get(arm).uses_proxy, "tokenise upper": get(arm).uses_upper}
+                before = [*(name for name, used in uses.items() if used), ready[arm]]
                 add("select", n, f"choose {arm}", choosing.choose, choosing_by, before, number=n, arm=arm)
                 after.append(plan[-1].name)
-            kept = [split, settings["training"], settings["selection"]]
+            with_ = [split, settings["training"]]
+            if arm == "random":
+                with_.append({key: settings["selection"][key] for key in training.OF_RANDOM})
             if (online := config.online_of(arm)) is not None:
-                kept.append(online.model_dump())
-            if online is not None and online.needs_upper_data:
-                kept, after = [*kept, upper], [*after, "tokenise targets"]
+                with_.append(online.model_dump())
+                after += ["tokenise upper"] if online.needs_upper_data else []
             if config.curve.every is not None:
-                kept, after = [*kept, settings["curve"], heldout], [*after, "tokenise targets"]
-            add("train", n, f"train {arm}", training.train_arm, kept, after, number=n, arm=arm)
+                with_.append(settings["curve"])
+            add("train", n, f"train {arm}", training.train_arm, with_, after, number=n, arm=arm)
             ready[arm] = plan[-1].name
-            after = ["tokenise targets", ready[arm]]
+            after = ["tokenise held-out", ready[arm]]
             add("eval", n, f"evaluate {arm}", training.evaluate, [], after, folder=target_folder(arm, n))
             if n == config.rounds:
                 add_tasks(n, arm, target_folder(arm, n), ready[arm])
         add("eval", n, "fidelity", training.fidelity, [], [f"round {n}: fit", ready["bliss"]], number=n)
-        carried = [f"round {n}: fit", "warm up proxy", "tokenise targets"]
+        carried = [f"round {n}: fit", "warm up proxy", "tokenise upper"]
     add("run", 0, "publish", training.publish, [], [ready["bliss"]])
     return plan
 

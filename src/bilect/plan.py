@@ -215,8 +215,8 @@ class _Costs:
         shard = self.pool.tokens * (1 - config.warmup.share) / config.rounds
         if name == "tokenise pool":
             return self.pool.tokens, 0.0, None
-        if name == "tokenise targets":
-            return self.upper.tokens + self.heldout.tokens, 0.0, None
+        if name in ("tokenise upper", "tokenise held-out"):
+            return (self.upper if name == "tokenise upper" else self.heldout).tokens, 0.0, None
         if name.startswith("warm up"):
             role = name.removeprefix("warm up ")
             return self._training(config.warmup.proxy if role == "proxy" else config.warmup.target, role)

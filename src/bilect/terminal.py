@@ -52,10 +52,10 @@ def show_run(
                 progress.console.print(_method_table(summary, arms))
             progress.note(f"Results: {out}")
             return summary
-        for role, reasons in summary.get("skipped", {}).items():
+        for part, reasons in summary.get("skipped", {}).items():
             listed = ", ".join(f"{n} ({reason})" for reason, n in reasons.items())
             if listed:
-                progress.note(f"Left out of the {role}: {listed}; listed in {out / 'tokens' / 'skipped.jsonl'}")
+                progress.note(f"tokenise {part}: left out {listed}; listed in {out / 'tokens' / 'skipped.jsonl'}")
         progress.console.print(_table(summary))
         if "tasks" in summary:
             progress.console.print(_tasks_table(summary["tasks"]))

@@ -18,7 +18,7 @@ from bilect.models.loading import train_tokenizer
 from bilect.progress import SilentProgress
 from bilect.run_dir import derive_seed
 from bilect.stages.context import RunContext
-from bilect.stages.texts import input_hashes, tokenise_pool, tokenise_targets
+from bilect.stages.texts import input_hashes, tokenise_heldout, tokenise_pool, tokenise_upper
 from tests.corpus import write_jsonl
 
 POOL = [{"id": f"d{i}", "text": f"document {i} of the pool, number {i * i}"} for i in range(12)]
@@ -42,9 +42,10 @@ def context(folder: Path, size: int = 4, **data: Any) -> RunContext:
     return RunContext(folder / "run", parse_config(settings), SilentProgress())
 
 
-def tokenise(run: RunContext) -> tuple[dict[str, Any], dict[str, Any]]:
+def tokenise(run: RunContext) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Figures of pool, held-out and upper sets."""
     run.root.mkdir(exist_ok=True)
-    return tokenise_pool(run, run.root), tokenise_targets(run, run.root)
+    return tokenise_pool(run, run.root), tokenise_heldout(run, run.root), tokenise_upper(run, run.root)
 
 
 def skipped(run: RunContext) -> list[tuple[str, str, str, str]]:
@@ -55,7 +56,7 @@ def skipped(run: RunContext) -> list[tuple[str, str, str, str]]:
 def test_layout_order_and_weights(tmp_path):
     corpus(tmp_path)
     run = context(tmp_path)
-    pool_figures, target_figures = tokenise(run)
+    pool_figures, heldout_figures, upper_figures = tokenise(run)
     tokens = run.root / "tokens"
     assert sorted(str(p.relative_to(tokens)) for p in tokens.rglob("*.*")) == [
         "heldout/heldout.arrow", "pool.json", "pool/00000-a.arrow", "pool/00001-b.arrow", "skipped.jsonl",
@@ -68,7 +69,9 @@ def test_layout_order_and_weights(tmp_path):
     sets = run.upper_sets()
     assert [(name, weight, len(store)) for name, weight, store in sets] == [("upper", 3.0, 3), ("more", 1.0, 2)]
     assert run.upper().doc_ids(range(5)) == ["u0", "u1", "u2", "m0", "m1"]  # in the order of the config
-    assert target_figures == {"tokens": run.upper().length_R.sum(), "skipped": {}, "flops": 0.0}
+    assert upper_figures == {"tokens": run.upper().length_R.sum(), "skipped": {}, "flops": 0.0}
+    heldout_tokens = run.heldout_sets()["heldout"].length_R.sum()
+    assert heldout_figures == {"tokens": heldout_tokens, "skipped": {}, "flops": 0.0}
     assert skipped(run) == [] and len(run.excluded()) == 0
 
 
@@ -90,7 +93,7 @@ def test_documents_that_occur_twice_across_files(tmp_path):
         "(data.on_bad_record=skip leaves such records out)"
     )
     run = context(tmp_path, on_bad_record="skip")
-    figures, _ = tokenise(run)
+    figures, _, _ = tokenise(run)
     assert figures["documents"] == 12 and figures["skipped"] == {"duplicate doc_id": 2}
     assert figures["tokens"] == run.pool().length_R[:12].sum()
     assert len(run.pool()) == 14 and run.excluded().tolist() == [12, 13]
@@ -111,7 +114,7 @@ def test_pieces_of_a_repeated_document_are_all_excluded(tmp_path):
     long = {"id": "d2", "text": "a long document " * 60}
     write_jsonl(tmp_path / "b.jsonl", [*POOL[5:], long])
     run = context(tmp_path, on_bad_record="skip", long_documents="chunk")
-    figures, _ = tokenise(run)
+    figures, _, _ = tokenise(run)
     excluded = run.excluded()
     assert len(excluded) > 3 and figures["skipped"] == {"duplicate doc_id": 1}
     assert {d.split("#")[0] for d in run.pool().doc_ids(excluded)} == {"d2"}
@@ -140,12 +143,12 @@ def test_held_out_texts_are_taken_out_of_the_pool(tmp_path):
     held_out = [{"id": "x", "text": POOL[6]["text"]}, {"text": "held out"}]
     write_jsonl(tmp_path / "heldout.jsonl", held_out)
     for _ in range(2):  # a second time nothing is counted twice
-        figures = tokenise_targets(run, run.root)
+        figures = tokenise_heldout(run, run.root)
         assert figures["skipped"] == {"in heldout_data": 1} and run.excluded().tolist() == [6]
         assert skipped(run) == [("pool", "b.jsonl", "line 2", "in heldout_data")]
     assert 6 not in [*run.shard(0, 12), *run.shard(1, 12)] and len(run.shard(0, 12)) + len(run.shard(1, 12)) == 11
     with pytest.raises(BilectError, match="the pool has 11 documents, fewer than 2 batches of 6"):
-        tokenise_targets(context(tmp_path, size=6), run.root)
+        tokenise_heldout(context(tmp_path, size=6), run.root)
 
 
 def test_upper_and_held_out_must_not_share_a_text(tmp_path):
@@ -161,7 +164,7 @@ def test_sets_of_several_files_and_with_bad_records(tmp_path):
     write_jsonl(tmp_path / "exam" / "1.jsonl", [{"id": "q", "text": "one"}, {"id": "q", "text": "more 0"}, {"id": 3}])
     write_jsonl(tmp_path / "exam" / "2.jsonl", [{"id": "r", "text": "two"}])
     run = context(tmp_path, on_bad_record="skip", heldout_data=[{"path": str(tmp_path / "exam")}])
-    _, figures = tokenise(run)  # "more 0" is in the upper data, but is left out here as a repeated id
+    _, figures, _ = tokenise(run)  # "more 0" is in the upper data, but is left out here as a repeated id
     store = TokenStore(run.root / "tokens" / "heldout" / "exam.arrow")
     assert store.doc_ids(range(len(store))) == ["q", "r"] and store.texts([0, 1]) == ["one", "two"]
     assert figures["skipped"] == {"no text field": 1, "duplicate doc_id": 1}

@@ -6,7 +6,7 @@ pool, and its rows that are never used; ``tokens/skipped.jsonl`` lists every rec
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -31,7 +31,7 @@ from bilect.run_dir import write_json, write_text
 from bilect.runtime import distributed
 from bilect.stages.context import Figures, RunContext
 
-__all__ = ["given_tokenizer", "input_hashes", "tokenise_files", "tokenise_pool", "tokenise_targets"]
+__all__ = ["given_tokenizer", "input_hashes", "tokenise_files", "tokenise_heldout", "tokenise_pool", "tokenise_upper"]
 
 TWICE, HELD_OUT = "duplicate doc_id", "in heldout_data"
 
@@ -89,58 +89,79 @@ def tokenise_files(run: RunContext, scratch: Path, tokenizer: PreTrainedTokenize
         files = [folder / "pool" / f"{n:05d}-{part.name}.arrow" for n, part in enumerate(pool.inputs)]
         for made, file in zip(pool.paths, files, strict=True):
             link(made, file)
-    twice = pool.repeated(skip)
+    pool.twice = pool.repeated(skip)
     rows = [
         {"file": file.name, "input": part.where, "weight": part.source.weight, "rows": len(store_part.rows)}
         for file, part, store_part in zip(files, pool.inputs, pool.store.parts, strict=True)
     ]
-    write_json(folder / "pool.json", {"files": rows, "excluded": {TWICE: twice.tolist()}})
+    write_json(folder / "pool.json", {"files": rows, "excluded": {TWICE: pool.twice.tolist()}})
     _write_skipped(folder / "skipped.jsonl", pool.skipped)
-    tokens = int(pool.store.length_R.sum()) - int(pool.store.length_R[twice].sum())
-    return {"tokens": tokens, "documents": len(pool.store) - len(twice), "skipped": _counts(pool.skipped), "flops": 0.0}
+    tokens = int(pool.store.length_R.sum()) - int(pool.store.length_R[pool.twice].sum())
+    return {
+        "tokens": tokens,
+        "documents": len(pool.store) - len(pool.twice),
+        "skipped": _counts(pool.skipped),
+        "flops": 0.0,
+    }
 
 
-def tokenise_targets(run: RunContext, scratch: Path) -> Figures:
-    """Token file of each target set; none may share a text with one of the other role, nor the pool with the held-out.
-
-    A pool document with a held-out text is left out of the pool, whatever ``on_bad_record`` says.
-    """
+def tokenise_heldout(run: RunContext, scratch: Path) -> Figures:
+    """Token file of each held-out set; documents of the pool with their texts are left out, a bad record or not."""
     if not distributed.is_main():
         return {}
-    data, folder = run.config.data, scratch / "tokens"
-    skip = data.on_bad_record == "skip"
-    files = _token_files(run, run.tokenizer, chunk=False)
-    sets: dict[str, list[_Set]] = {"upper_data": [], "heldout_data": []}
-    with run.progress.task("tokenise the target sets") as task:
-        for role, sources in _roles(run):
-            for source in sources:
-                part = _Set(role.removesuffix("_data"), (source,))
-                part.tokenise(files, task)
-                part.save(folder / part.role / f"{set_name(source)}.arrow", part.repeated(skip))
-                sets[role].append(part)
-    for heldout in sets["heldout_data"]:
-        for upper in sets["upper_data"]:
-            shared = heldout.index.with_texts_of(upper.index)
-            if len(shared):
-                raise BilectError(f"data: held-out document {heldout.at(shared[0])} is in upper_data too "
-                                  f"({len(shared)} in all); remove it from one of the two")  # fmt: skip
+    data = run.config.data
+    sets = _tokenise_sets(run, "heldout", data.heldout_data)
     pool = _Set("pool", data.lower_data)
     pool.use(run.pool())
     note = run.pool_note()
     pool.index.leave_out(np.array(note["excluded"][TWICE], dtype=np.int64))
-    held_out = np.unique(np.concatenate([pool.index.with_texts_of(s.index) for s in sets["heldout_data"]]))
+    held_out = np.unique(np.concatenate([pool.index.with_texts_of(s.index) for s in sets]))
     for document in held_out.tolist():
         pool.skip(document, HELD_OUT, "its text is that of a held-out document")
     note["excluded"][HELD_OUT] = pool.index.rows(held_out).tolist()
     _check_size(run, len(pool.store) - sum(map(len, note["excluded"].values())))
-    write_json(folder / "pool.json", note)
-    skipped = [*pool.skipped, *(s for parts in sets.values() for part in parts for s in part.skipped)]
+    write_json(scratch / "tokens" / "pool.json", note)
+    return _saved(run, scratch, sets, lambda s: s["role"] == "heldout" or s["reason"] == HELD_OUT, pool.skipped)
+
+
+def tokenise_upper(run: RunContext, scratch: Path) -> Figures:
+    """Token file of each upper set; none may share a text with a held-out set."""
+    if not distributed.is_main():
+        return {}
+    sets = _tokenise_sets(run, "upper", run.config.data.upper_data)
+    for heldout in _tokenise_sets(run, "heldout", run.config.data.heldout_data):  # again, since it knows its files
+        for upper in sets:
+            shared = heldout.index.with_texts_of(upper.index)
+            if len(shared):
+                raise BilectError(f"data: held-out document {heldout.at(shared[0])} is in upper_data too "
+                                  f"({len(shared)} in all); remove it from one of the two")  # fmt: skip
+    return _saved(run, scratch, sets, lambda s: s["role"] == "upper")
+
+
+def _tokenise_sets(run: RunContext, role: str, sources: Sequence[SourceConfig]) -> "list[_Set]":
+    files, sets = _token_files(run, run.tokenizer, chunk=False), [_Set(role, (source,)) for source in sources]
+    with run.progress.task(f"tokenise the {'held-out' if role == 'heldout' else role} sets") as task:
+        for part in sets:
+            part.tokenise(files, task)
+            part.twice = part.repeated(run.config.data.on_bad_record == "skip")
+    return sets
+
+
+def _saved(
+    run: RunContext,
+    scratch: Path,
+    sets: "Sequence[_Set]",
+    own: Callable[[Mapping[str, Any]], bool],
+    more: Sequence[dict[str, Any]] = (),
+) -> Figures:
+    """A token file per set, and what was left out in ``skipped.jsonl``, in place of the stage's own earlier lines."""
+    for part in sets:
+        part.save(scratch / "tokens" / part.role / f"{set_name(part.sources[0])}.arrow")
+    skipped = [*more, *(s for part in sets for s in part.skipped)]
     earlier = run.root / "tokens" / "skipped.jsonl"
     lines = map(json.loads, earlier.read_text(encoding="utf-8").splitlines()) if earlier.is_file() else ()
-    _write_skipped(
-        folder / "skipped.jsonl", [*(s for s in lines if s["role"] == "pool" and s["reason"] != HELD_OUT), *skipped]
-    )
-    tokens = sum(int(part.store.length_R.sum()) for part in sets["upper_data"])
+    _write_skipped(scratch / "tokens" / "skipped.jsonl", [*(s for s in lines if not own(s)), *skipped])
+    tokens = sum(int(part.store.length_R.sum()) for part in sets)
     return {"tokens": tokens, "skipped": _counts(skipped), "flops": 0.0}
 
 
@@ -152,6 +173,7 @@ class _Set:
     sources: Sequence[SourceConfig]
     paths: list[Path] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    twice: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # rows that are left out
 
     def __post_init__(self) -> None:
         self.inputs = [part for source in self.sources for part in inputs(source)]
@@ -185,14 +207,14 @@ class _Set:
         self.index.leave_out(rows)
         return rows
 
-    def save(self, file: Path, without: np.ndarray) -> None:
-        """One token file of a set, without some rows."""
-        if len(self.paths) == 1 and not len(without):
+    def save(self, file: Path) -> None:
+        """One token file of a set."""
+        if len(self.paths) == 1 and not len(self.twice):
             link(self.paths[0], file)
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.unlink(missing_ok=True)
-            write_rows(self.store, np.setdiff1d(np.arange(len(self.store)), without), file)
+            write_rows(self.store, np.setdiff1d(np.arange(len(self.store)), self.twice), file)
 
     def at(self, document: int) -> str:
         part, record = self._locate(document)

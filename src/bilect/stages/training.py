@@ -27,9 +27,10 @@ from bilect.stages.context import Figures, RunContext, target_folder
 from bilect.stages.last_good import keep_last_good
 from bilect.training import NotANumberError, Online, forget_training, train
 
-__all__ = ["PROBE_DOCUMENTS", "evaluate", "fidelity", "publish", "train_arm", "warm_up"]
+__all__ = ["OF_RANDOM", "PROBE_DOCUMENTS", "evaluate", "fidelity", "publish", "train_arm", "warm_up"]
 
 PROBE_DOCUMENTS = 256
+OF_RANDOM = ("keep_ratio", "budget_tokens", "top_k", "max_per_cluster", "cluster_similarity")  # of selection
 WHOLE_POOL = ("full", *TOKEN_METHODS)  # arms that train on all documents
 
 

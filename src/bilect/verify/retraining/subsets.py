@@ -58,7 +58,7 @@ class Study:
     def key(self, name: str, settings: Any, after: tuple[str, ...]) -> str:
         """Key of a cell from its settings, the candidates, and the stages of the run that it builds on."""
         stages = read_manifest(self.out / "run")["stages"]
-        after = ("tokenise pool", "tokenise targets", *after)
+        after = ("tokenise held-out", "tokenise upper", *after)
         settings = [settings, self.rows.tolist(), self.config.seed, UPPER_DOCUMENTS]
         return stage_key(name, settings, [stages[s]["key"] for s in after])
 
