@@ -167,7 +167,9 @@ class FitConfig(_Settings):
     solver_step_size: PositiveFloat | None = Field(
         None, description="None: 1 over the Hessian's norm, measured (neumann), 1e-2 (sgd; as in the paper)"
     )
-    damping: NonNegative = Field(0.0, description="added to the Hessian's diagonal")
+    damping: NonNegative | None = Field(
+        None, description="added to the Hessian's diagonal; None: a tenth of its norm, measured (cg), 0 (others)"
+    )
     hvp: Literal["exact", "finite_difference", "forward_difference"] = Field(
         "finite_difference", description="forward_difference costs half, and is right to about 1e-2"
     )

@@ -169,25 +169,41 @@ def test_the_fit_uses_the_solver_asked_for(solver: str) -> None:
     assert relative(spy.gradient["free"], expected) <= 1e-6
 
 
-def test_neumann_steps_by_the_norm_it_measures() -> None:
-    """At the first step and every ``log_every`` after: 1 over the ratio of two powers of the dense Hessian."""
+@pytest.mark.parametrize(
+    ("solver", "given"), [("neumann", {"damping": 0.4}), ("neumann", {}), ("cg", {})], ids=lambda x: str(x)
+)
+def test_solvers_follow_the_norm_that_is_measured(solver: str, given: dict[str, float]) -> None:
+    """At the first step and every ``log_every`` after: the ratio of two powers of the dense Hessian; then d from it."""
     config = CONFIG.model_copy(
-        update={"solver": "neumann", "solver_steps": 2, "damping": 0.4, "kl_coef": 0.0, "log_every": 2}
+        update={"solver": solver, "solver_steps": 2, "kl_coef": 0.0, "log_every": 2, "damping": None, **given}
     )
     table = TableScores([int(ids[0]) for ids, _ in DOCS], torch.zeros(4, dtype=torch.float64))
-    spy, measured, expected = Spy(config, table, batch_of(UPPER), batch_of(DOCS), None), [], []
-    for _ in range(3):
+    spy, norms = Spy(config, table, batch_of(UPPER), batch_of(DOCS), None), []
+    for k in range(3):
         weights = table.free.detach().softmax(0)
-        spy.fit.step()
-        measured.append(spy.fit.step_size)
+        figures = spy.fit.step()
         params = {k: p.detach() for k, p in spy.proxy.named_parameters()}
         b = flatten(gradient_of(lambda p: reference_upper(spy.proxy, p, UPPER), params))
-        a = dense_hessian(lambda p, w=weights: reference_lower(spy.proxy, p, DOCS, w, l2_coef=L2), params)
-        a += 0.4 * torch.eye(len(b), dtype=torch.float64)
-        powers = [float((torch.linalg.matrix_power(a, k) @ b).norm()) for k in (4, 5)]
-        expected.append(powers[0] / powers[1])
-    assert measured == pytest.approx([expected[0], expected[0], expected[2]], rel=1e-8)
-    assert measured[2] != pytest.approx(measured[0], rel=1e-6)
+        h = dense_hessian(lambda p, w=weights: reference_lower(spy.proxy, p, DOCS, w, l2_coef=L2), params)
+        powers = [float((torch.linalg.matrix_power(h, n) @ b).norm()) for n in (4, 5)]
+        norms.append(powers[1] / powers[0] if k != 1 else norms[0])
+        assert figures["hessian_norm"] == spy.fit.hessian_norm == pytest.approx(norms[k], rel=1e-8)
+        damping = given.get("damping", 0.1 * norms[k] if solver == "cg" else 0.0)
+        a = h + damping * torch.eye(len(b), dtype=torch.float64)
+        if solver == "neumann":
+            eta = 1 / (norms[k] + damping)
+            z = eta * sum(
+                torch.linalg.matrix_power(torch.eye(len(b), dtype=b.dtype) - eta * a, n) @ b for n in range(3)
+            )
+        else:  # the best of span(b, A b)
+            basis, _ = torch.linalg.qr(torch.stack([b, a @ b], dim=1))
+            z = basis @ torch.linalg.solve(basis.T @ a @ basis, basis.T @ b)
+        rows = [flatten(gradient_of(lambda p, doc=doc: document_loss(spy.proxy, p, *doc), params)) for doc in DOCS]
+        d = torch.stack(rows) @ z
+        assert relative(spy.gradient["free"], -weights * (d - weights @ d)) <= 1e-6
+        if figures["residual"] is not None:
+            assert figures["residual"] == pytest.approx(float((a @ z - b).norm() / b.norm()), rel=1e-6)
+    assert norms[2] != pytest.approx(norms[0], rel=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------------- sign

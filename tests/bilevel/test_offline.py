@@ -291,7 +291,7 @@ def test_a_fresh_batch_survives_being_used_first_inside_a_transform() -> None:
 
 RESUMED: list[dict[str, Any]] = [
     {"solver": "adam", "inner_steps": 2},
-    {"solver": "cg", "damping": 1.0},
+    {"solver": "cg"},
     {"solver": "neumann"},
     {"hypergradient": "penalty", "sync_every": 3, "reference_steps": 2},
     {"hypergradient": "penalty", "sync_every": 3, "reference_steps": 2, "baseline": "model"},

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from bilect.bilevel.cost import measures_norm
 from bilect.bilevel.objective import (
     Objective,
     TargetOnBatch,
@@ -37,6 +38,8 @@ from bilect.runtime import distributed
 from bilect.runtime.device import autocast
 
 __all__ = ["BilevelFit"]
+
+DAMPING = 0.1  # of cg, as a share of the Hessian's norm: at a model in training there is curvature near zero and below
 
 
 class BilevelFit:
@@ -84,7 +87,7 @@ class BilevelFit:
             for optimizer in (self.proxy_optimizer, self.score_optimizer)
         ]
         self.twins: Twins | None = None
-        self.step_size = config.solver_step_size  # of neumann
+        self.hessian_norm: float | None = None  # where the solver's settings follow from it
         self.steps_done = 0
 
     def step(self) -> dict[str, Any]:
@@ -131,7 +134,7 @@ class BilevelFit:
             "optimizers": [x.state_dict() for x in (self.proxy_optimizer, self.score_optimizer)],
             "schedules": [x.state_dict() for x in self.schedules],
             "twins": None if self.twins is None else vars(self.twins),
-            "step_size": self.step_size,
+            "hessian_norm": self.hessian_norm,
             "steps_done": self.steps_done,
         }
 
@@ -144,7 +147,7 @@ class BilevelFit:
         for schedule, own in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(own)
         self.twins = None if state["twins"] is None else Twins(**state["twins"])
-        self.step_size = state["step_size"]
+        self.hessian_norm = state["hessian_norm"]
         self.steps_done = state["steps_done"]
 
     def _scores(self, batch: Batch) -> Tensor:
@@ -200,12 +203,18 @@ class BilevelFit:
         params: Tree = {k: v.detach() for k, v in self.params.items()}
         upper = self._upper().gradient(params, config.bf16)
         hvp = lower.hvp(params, config.hvp)
-        solution = self._solve(hvp, upper.tree)
+        if measures_norm(config) and (self.hessian_norm is None or self.steps_done % config.log_every == 0):
+            self.hessian_norm = linear_solve.spectral_norm(hvp, upper.tree)
+        damping = config.damping
+        if damping is None:
+            damping = DAMPING * cast(float, self.hessian_norm) if config.solver == "cg" else 0.0
+        solution = self._solve(hvp, upper.tree, damping)
         residual = solution.residual
         if residual is None and self.steps_done % config.log_every == 0:
-            residual = relative_residual(hvp, upper.tree, solution.z, config.damping)
+            residual = relative_residual(hvp, upper.tree, solution.z, damping)
         d_B = directional(self.proxy, batch, params, solution.z, config.directional)
-        return d_B, {**self._upper_losses(upper.ce, upper.ce_S), "residual": residual, "solver_note": solution.note}
+        more = {"residual": residual, "solver_note": solution.note, "hessian_norm": self.hessian_norm}
+        return d_B, {**self._upper_losses(upper.ce, upper.ce_S), **more}
 
     def _upper(self) -> Objective:
         return upper_objective(self.proxy, next(self.upper), list(self.upper_sets.values()))
@@ -218,27 +227,19 @@ class BilevelFit:
         }
         return {"upper_loss": loss, **({"upper_loss_by_set": by_set} if by_set else {})}
 
-    def _solve(self, hvp: Any, b: Tree) -> Solution:
+    def _solve(self, hvp: Any, b: Tree, damping: float) -> Solution:
         config = self.config
         if config.solver == "identity":
             return linear_solve.identity(b)
         if config.solver == "adam":
             return linear_solve.adam(b, self._second_moment(), self.proxy_optimizer.defaults["eps"])
         if config.solver == "neumann":
-            step_size = self._neumann_step_size(hvp, b)
-            return linear_solve.neumann(hvp, b, steps=config.solver_steps, step_size=step_size, damping=config.damping)
+            step_size = config.solver_step_size or 1 / max(cast(float, self.hessian_norm) + damping, 1e-30)
+            return linear_solve.neumann(hvp, b, steps=config.solver_steps, step_size=step_size, damping=damping)
         if config.solver == "cg":
-            return linear_solve.cg(hvp, b, steps=config.solver_steps, damping=config.damping)
+            return linear_solve.cg(hvp, b, steps=config.solver_steps, damping=damping)
         step_size = config.solver_step_size or 1e-2
-        return linear_solve.sgd(hvp, b, steps=config.solver_steps, step_size=step_size, damping=config.damping)
-
-    def _neumann_step_size(self, hvp: Any, b: Tree) -> float:
-        """As set, or else ``1 / ||H + damping I||``, measured anew as often as the residual."""
-        config = self.config
-        if config.solver_step_size is None and (self.step_size is None or self.steps_done % config.log_every == 0):
-            size = linear_solve.spectral_norm(hvp, b, damping=config.damping)
-            self.step_size = 1 / size if size != 0 else 1.0
-        return cast(float, self.step_size)
+        return linear_solve.sgd(hvp, b, steps=config.solver_steps, step_size=step_size, damping=damping)
 
     def _second_moment(self) -> Tree:
         beta = self.proxy_optimizer.defaults["betas"][1]

@@ -84,20 +84,19 @@ def neumann(hvp: TreeMap, b: Tree, *, steps: int, step_size: float, damping: flo
     return Solution(scale(total, step_size), steps)
 
 
-def spectral_norm(hvp: TreeMap, v: Tree, *, steps: int = NORM_PRODUCTS, damping: float = 0.0) -> float:
-    """``max |eigenvalue|`` of ``A = H + damping I`` by power iteration: ``||A^k v|| / ||A^(k-1) v||`` at k = steps.
+def spectral_norm(hvp: TreeMap, v: Tree, *, steps: int = NORM_PRODUCTS) -> float:
+    """``||H||``, the greatest ``|eigenvalue|``, by power iteration: ``||H^k v|| / ||H^(k-1) v||`` at k = steps.
 
-    Never above the truth, and no lower after another step (A is symmetric); zero where ``A v`` is.
+    Never above the truth, and no lower after another step (H is symmetric); zero where ``H v`` is.
 
     Args:
         hvp: Hessian product.
         v: start.
         steps: Hessian products; a handful will do from the gradient of a loss, which lies where curvature is great.
-        damping: added to the diagonal.
     """
-    product, size = _damped(hvp, damping), 0.0
+    size = 0.0
     for _ in range(steps):
-        v = product(scale(v, 1 / norm(v).clamp(min=1e-30)))
+        v = hvp(scale(v, 1 / norm(v).clamp(min=1e-30)))
         size = float(norm(v))
         if size == 0:
             break
