@@ -10,13 +10,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+IMPLICIT: dict[str, Any] = {"hypergradient": "implicit"}
 SOLVERS: dict[str, dict[str, Any]] = {
-    "cg, 0": {"solver": "cg", "damping": 0.0},
-    "cg, 0.1": {"solver": "cg", "damping": 0.1},
-    "cg, 1": {"solver": "cg", "damping": 1.0},
-    "neumann, 0": {"solver": "neumann", "damping": 0.0},
-    "neumann, 1": {"solver": "neumann", "damping": 1.0},
-    "sgd": {"solver": "sgd"},
+    "cg, 0": {**IMPLICIT, "solver": "cg", "damping": 0.0},
+    "cg, 0.1": {**IMPLICIT, "solver": "cg", "damping": 0.1},
+    "cg, 1": {**IMPLICIT, "solver": "cg", "damping": 1.0},
+    "neumann, 0": {**IMPLICIT, "solver": "neumann", "damping": 0.0},
+    "neumann, 1": {**IMPLICIT, "solver": "neumann", "damping": 1.0},
+    "sgd": {**IMPLICIT, "solver": "sgd"},
 }
 
 

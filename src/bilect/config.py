@@ -184,7 +184,9 @@ class FitConfig(_Settings):
         None, description="of the twins; None: the proxy's. A tenth of it is safer: docs/results_log.md, 4"
     )
     bf16: bool = Field(False, description="forward passes and inner steps in bfloat16; solves stay float32")
-    log_every: Positive = Field(10, description="score steps between two measurements of the solver's residual")
+    log_every: Positive = Field(
+        10, description="score steps between two measurements of the solver's residual and the Hessian's norm"
+    )
     target_micro_batch: Positive = Field(16, description="documents per forward pass of the target model")
 
     @model_validator(mode="after")

@@ -55,7 +55,9 @@ def show_run(
         for part, reasons in summary.get("skipped", {}).items():
             listed = ", ".join(f"{n} ({reason})" for reason, n in reasons.items())
             if listed:
-                progress.note(f"tokenise {part}: left out {listed}; listed in {out / 'tokens' / 'skipped.jsonl'}")
+                progress.note(
+                    f"tokenise {part}: left out {listed}; listed in {out / 'tokens' / f'skipped-{part}.jsonl'}"
+                )
         progress.console.print(_table(summary))
         if "tasks" in summary:
             progress.console.print(_tasks_table(summary["tasks"]))

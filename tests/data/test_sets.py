@@ -15,8 +15,9 @@ from bilect.data.documents import Document
 from bilect.data.tokens import TokenStore, write_tokens
 from bilect.errors import BilectError
 from bilect.models.loading import train_tokenizer
+from bilect.pipeline import stages
 from bilect.progress import SilentProgress
-from bilect.run_dir import derive_seed
+from bilect.run_dir import RunDir, derive_seed
 from bilect.stages.context import RunContext
 from bilect.stages.texts import input_hashes, tokenise_heldout, tokenise_pool, tokenise_upper
 from tests.corpus import write_jsonl
@@ -49,7 +50,8 @@ def tokenise(run: RunContext) -> tuple[dict[str, Any], dict[str, Any], dict[str,
 
 
 def skipped(run: RunContext) -> list[tuple[str, str, str, str]]:
-    lines = (run.root / "tokens" / "skipped.jsonl").read_text().splitlines()
+    names = ("pool", "held-out", "upper")
+    lines = [x for n in names for x in (run.root / "tokens" / f"skipped-{n}.jsonl").read_text().splitlines()]
     return [(s["role"], Path(s["file"]).name, s["place"], s["reason"]) for s in map(json.loads, lines)]
 
 
@@ -59,8 +61,8 @@ def test_layout_order_and_weights(tmp_path):
     pool_figures, heldout_figures, upper_figures = tokenise(run)
     tokens = run.root / "tokens"
     assert sorted(str(p.relative_to(tokens)) for p in tokens.rglob("*.*")) == [
-        "heldout/heldout.arrow", "pool.json", "pool/00000-a.arrow", "pool/00001-b.arrow", "skipped.jsonl",
-        "upper/more.arrow", "upper/upper.arrow",
+        "held-out.json", "heldout/heldout.arrow", "pool.json", "pool/00000-a.arrow", "pool/00001-b.arrow",
+        "skipped-held-out.jsonl", "skipped-pool.jsonl", "skipped-upper.jsonl", "upper/more.arrow", "upper/upper.arrow",
     ]  # fmt: skip
     pool = run.pool()
     assert pool.doc_ids(range(12)) == [f"d{i}" for i in range(12)] and pool.weight_R is not None
@@ -149,6 +151,28 @@ def test_held_out_texts_are_taken_out_of_the_pool(tmp_path):
     assert 6 not in [*run.shard(0, 12), *run.shard(1, 12)] and len(run.shard(0, 12)) + len(run.shard(1, 12)) == 11
     with pytest.raises(BilectError, match="the pool has 11 documents, fewer than 2 batches of 6"):
         tokenise_heldout(context(tmp_path, size=6), run.root)
+
+
+def test_held_out_texts_stay_out_when_settings_change_there_and_back(tmp_path):
+    """A run, then one of other settings that stops between pool and held-out sets, then the first settings again."""
+    corpus(tmp_path)
+    write_jsonl(tmp_path / "heldout.jsonl", [{"id": "x", "text": POOL[6]["text"]}, {"text": 3}])
+    skipping, stopping = context(tmp_path, on_bad_record="skip"), context(tmp_path)
+
+    def tokenise_stages(run: RunContext) -> None:
+        plan = stages(run, input_hashes(run))[:3]
+        assert [s.name for s in plan] == ["tokenise pool", "tokenise held-out", "tokenise upper"]
+        directory = RunDir(run.root)
+        for s in plan:
+            directory.stage(s.name, s.action, settings=s.settings, after=s.after)
+
+    tokenise_stages(skipping)
+    lines = skipped(skipping)
+    assert skipping.excluded().tolist() == [6] and len(lines) == 2
+    with pytest.raises(BilectError, match=r"heldout\.jsonl, line 2"):
+        tokenise_stages(stopping)
+    tokenise_stages(skipping)
+    assert skipping.excluded().tolist() == [6] and skipped(skipping) == lines
 
 
 def test_upper_and_held_out_must_not_share_a_text(tmp_path):

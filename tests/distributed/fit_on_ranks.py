@@ -32,6 +32,7 @@ _COMMON: dict[str, Any] = {
 SCENARIOS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "cg": ("llama", "sigmoid", {"solver": "cg", "hvp": "exact", "damping": 5.0, "directional": "ghost"}),
     "sgd": ("gpt_neox", "sigmoid", {"solver": "sgd", "hvp": "exact", "directional": "jvp", "solver_step_size": 0.05}),
+    "neumann": ("gpt_neox", "sigmoid", {"solver": "neumann", "hvp": "exact", "directional": "jvp"}),
     "naive": (
         "llama", "sigmoid",
         {"solver": "identity", "directional": "jvp", "weighting": "naive", "kl_direction": "proxy_to_target"},

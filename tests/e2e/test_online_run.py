@@ -96,6 +96,13 @@ def test_what_was_selected_is_told(compared):
         assert {"sum", "root", "rain", "wind", "lemma"} & set(words)
 
 
+def test_a_method_that_knows_no_target_needs_no_upper_data(corpus, tmp_path):
+    records = run(parse_config(settings(corpus, controls=[])), tmp_path, command="train", arms=["perplexity"])
+    assert "tokenise upper" not in records and not (tmp_path / "tokens" / "upper").exists()
+    assert 0 < records["round 1: choose perplexity"]["documents"] < 90
+    assert records["round 1: evaluate perplexity"]["heldout_loss"] > 0
+
+
 def test_blade_that_keeps_everything_ends_where_full_ends(compared, corpus, tmp_path):
     out, _ = compared
     values = settings(corpus, controls=[], online={"keep_ratio": {0: 1.0}, "diagnose_every": None})

@@ -20,9 +20,10 @@ from bilect.cli import app
 from bilect.config import parse_config
 from bilect.errors import BilectError
 from bilect.progress import SilentProgress
+from bilect.run_dir import derive_seed
 from bilect.verify.retraining import cells, correlation, page
 from bilect.verify.retraining import study as studies
-from bilect.verify.retraining.scores import VARIANTS, settings_of
+from bilect.verify.retraining.scores import VARIANTS, own_variant, settings_of
 from bilect.verify.retraining.subsets import Study
 from tests.corpus import tiny_settings, write_corpus
 from tests.killing import in_fork
@@ -101,9 +102,8 @@ def test_seeds_are_averaged_and_differences_are_of_the_same_halves_and_seeds():
     each = [spearmanr(s, truth_J).statistic for s in sums_KJ]
     assert values_B.shape == (2001,) and values_B[0] == pytest.approx(np.mean(each))
     halves, seeds = draws.halves_BJ[7], draws.seeds_BK[7]
-    assert values_B[8] == pytest.approx(
-        np.mean([spearmanr(sums_KJ[k, halves], truth_J[halves]).statistic for k in seeds])
-    )
+    each = np.array([spearmanr(s[halves], truth_J[halves]).statistic for s in sums_KJ])
+    assert values_B[8] == pytest.approx(each.mean() + np.sqrt(3 / 2) * (each[seeds].mean() - each.mean()))
     assert len(set(seeds.tolist())) > 1 and {k for row in draws.seeds_BK for k in row.tolist()} == {0, 1, 2}
     # the same method on another scale differs by nothing in every resample; a nearly equal one by little
     same = correlation.resampled(5 * sums_KJ - 1, truth_J, draws)
@@ -112,6 +112,16 @@ def test_seeds_are_averaged_and_differences_are_of_the_same_halves_and_seeds():
     apart, own = correlation.estimate(near - values_B), correlation.estimate(values_B)
     assert apart.low < apart.value < apart.high
     assert apart.high - apart.low < 0.4 * (own.high - own.low)
+
+
+def test_the_interval_of_two_seeds_is_that_of_their_mean():
+    """All halves alike in effect, so that the seeds alone vary it: deviation s / sqrt(2) of the mean of two."""
+    rng = np.random.default_rng(4)
+    truth_J, noise_KJ = rng.normal(size=3000), rng.normal(size=(2, 3000))
+    sums_KJ = np.array([[0.2], [1.0]]) * truth_J + noise_KJ
+    each = [spearmanr(s, truth_J).statistic for s in sums_KJ]
+    values_B = correlation.resampled(sums_KJ, truth_J, correlation.draws(3000, 2, 0))[1:]
+    assert values_B.std() == pytest.approx(np.std(each, ddof=1) / np.sqrt(2), rel=0.06)
 
 
 def test_ties_have_their_mean_rank():
@@ -191,8 +201,16 @@ def test_figures_follow_from_the_cells(finished):
         result["own"] == "bliss adam"
         and next(r for r in result["methods"] if r["name"] != "dsir mean")["minus_own"] == {}
     )
+    draws = correlation.draws(4, 2, derive_seed(0, "bootstrap"))
+    member_JN = np.array([[i in s["members"] for i in range(24)] for s in result["subsets"]])
     for name in ("heldout", "upper"):
         assert minus[name]["value"] == pytest.approx(quality["dsir mean", name] - quality["bliss adam", name])
+        actual_J = -np.array([x[name][name] for x in losses])
+        ours, theirs = (
+            correlation.resampled(np.array(r["scores"]) @ member_JN.T, actual_J, draws)
+            for r in sorted(result["methods"], key=lambda r: r["name"], reverse=True)
+        )
+        assert minus[name] == pytest.approx(correlation.estimate(ours - theirs).record())
     assert len(set(json.dumps(s) for s in result["subsets"])) == 4 and len(result["again"]) == 2
     assert result["again"][0]["heldout"] != result["subsets"][0]["heldout"]  # another order of the documents
     first, second = (next(r for r in result["methods"] if r["name"] == n) for n in TWO)
@@ -287,6 +305,31 @@ def test_a_fit_that_breaks_down_is_a_finding(corpus, finished):
     result = studies.study(parse_config(small(corpus)), finished[0], **{**SIZES, "variants": broken})
     (row,) = result["methods"]
     assert "a loss is not a number" in row["error"] and row["quality"]["heldout"]["value"] is None
+
+
+def test_a_method_that_fails_under_one_seed_has_failed(corpus, finished, tmp_path, made):
+    out = tmp_path / "study"
+    shutil.copytree(finished[0], out)
+    file = out / "methods" / "bliss-adam-1.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "result": {"error": "a loss is not a number"}}))
+    result = studies.study(parse_config(small(corpus)), out, **SIZES)
+    by_name = {r["name"]: r for r in result["methods"]}
+    failed, other = by_name["bliss adam"], by_name["dsir mean"]
+    none = {"value": None, "low": None, "high": None}
+    assert made == [] and failed["error"] == "a loss is not a number" and failed["scores"] is None
+    assert failed["quality"] == {"heldout": none, "upper": none} and other["quality"]["heldout"]["value"] is not None
+    assert other["minus_own"] == {"heldout": none, "upper": none}  # there is nothing to compare with
+    assert "a loss is not a number" in page.render(result)
+
+
+def test_the_runs_own_fit_by_the_penalty_is_that_of_the_run(corpus):
+    values = small(corpus, controls=["bliss-penalty"], methods={"bliss-penalty": {"sync_every": 7}})
+    values["fit"] |= {"hypergradient": "penalty", "sync_every": 2}
+    config = parse_config(values)
+    assert own_variant(config) == "bliss-penalty"
+    settings = settings_of(config, VARIANTS["bliss-penalty"])
+    expected = config.fit.model_dump(mode="json") | {"reference_learning_rate": config.fit.proxy_learning_rate}
+    assert {k: settings[k] for k in expected} == expected
 
 
 def test_settings_are_the_fits_before_the_variants(corpus):

@@ -39,8 +39,6 @@ from bilect.runtime.device import autocast
 
 __all__ = ["BilevelFit"]
 
-DAMPING = 0.1  # of cg, as a share of the Hessian's norm: at a model in training there is curvature near zero and below
-
 
 class BilevelFit:
     """The state of one fit: proxy, score model, their optimisers and schedules, and the twins.
@@ -207,7 +205,7 @@ class BilevelFit:
             self.hessian_norm = linear_solve.spectral_norm(hvp, upper.tree)
         damping = config.damping
         if damping is None:
-            damping = DAMPING * cast(float, self.hessian_norm) if config.solver == "cg" else 0.0
+            damping = linear_solve.CG_DAMPING * cast(float, self.hessian_norm) if config.solver == "cg" else 0.0
         solution = self._solve(hvp, upper.tree, damping)
         residual = solution.residual
         if residual is None and self.steps_done % config.log_every == 0:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bilect.functional.trees import Tree, TreeMap, add_scaled, dot, norm, scale, sub, zeros_like
 
 __all__ = [
+    "CG_DAMPING",
     "NORM_PRODUCTS",
     "Solution",
     "adam",
@@ -26,7 +27,8 @@ __all__ = [
 ]
 
 
-NORM_PRODUCTS = 5  # Hessian products to measure its norm with, where a step size is to follow from it
+NORM_PRODUCTS = 5  # Hessian products to measure its norm with, where step size or damping are to follow from it
+CG_DAMPING = 0.1  # as a share of that norm: at a model in training there is curvature near zero, and below
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def choose(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
     inputs = Inputs(
         pool,
         rows,
-        run.upper_sets(),
+        run.upper_sets() if method.uses_upper else [],
         proxy=run.root / "warmup" / "proxy",
         target=run.root / target_folder(arm, number - 1),
         scratch=scratch / ".fit",

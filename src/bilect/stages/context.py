@@ -60,7 +60,7 @@ class RunContext:
         return open_pool(self.root / "tokens")
 
     def pool_note(self) -> dict[str, Any]:
-        """``tokens/pool.json``: the pool's token files and, by reason, its rows that are never used."""
+        """The pool's token files and, by reason, its rows that are never used: ``pool.json`` and ``held-out.json``."""
         return _pool_note(self.root / "tokens")
 
     def excluded(self) -> np.ndarray:
@@ -135,7 +135,10 @@ def _cluster_path(tokens: Path, similarity: float) -> Path:
 
 
 def _pool_note(tokens: Path) -> dict[str, Any]:
-    return dict(json.loads((tokens / "pool.json").read_text(encoding="utf-8")))
+    note, held_out = json.loads((tokens / "pool.json").read_text(encoding="utf-8")), tokens / "held-out.json"
+    if held_out.is_file():  # a file of its own stage: what two stages write, neither knows to be there
+        note["excluded"] |= json.loads(held_out.read_text(encoding="utf-8"))["excluded"]
+    return dict(note)
 
 
 def _excluded(note: dict[str, Any]) -> np.ndarray:

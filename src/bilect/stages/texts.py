@@ -1,12 +1,13 @@
 """Text to tokens: the pool, and the target sets: upper data and held-out data.
 
 ``tokens/pool/``, ``tokens/upper/`` and ``tokens/heldout/`` hold token files; ``tokens/pool.json`` lists those of the
-pool, and its rows that are never used; ``tokens/skipped.jsonl`` lists every record that was left out, and why.
+pool, and its rows that repeat others, ``tokens/held-out.json`` its rows with a held-out text, and
+``tokens/skipped-*.jsonl`` every record that was left out, and why.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -95,7 +96,7 @@ def tokenise_files(run: RunContext, scratch: Path, tokenizer: PreTrainedTokenize
         for file, part, store_part in zip(files, pool.inputs, pool.store.parts, strict=True)
     ]
     write_json(folder / "pool.json", {"files": rows, "excluded": {TWICE: pool.twice.tolist()}})
-    _write_skipped(folder / "skipped.jsonl", pool.skipped)
+    _write_skipped(folder / "skipped-pool.jsonl", pool.skipped)
     tokens = int(pool.store.length_R.sum()) - int(pool.store.length_R[pool.twice].sum())
     return {
         "tokens": tokens,
@@ -113,15 +114,15 @@ def tokenise_heldout(run: RunContext, scratch: Path) -> Figures:
     sets = _tokenise_sets(run, "heldout", data.heldout_data)
     pool = _Set("pool", data.lower_data)
     pool.use(run.pool())
-    note = run.pool_note()
-    pool.index.leave_out(np.array(note["excluded"][TWICE], dtype=np.int64))
+    pool.twice = np.array(run.pool_note()["excluded"][TWICE], dtype=np.int64)
+    pool.index.leave_out(pool.twice)
     held_out = np.unique(np.concatenate([pool.index.with_texts_of(s.index) for s in sets]))
     for document in held_out.tolist():
         pool.skip(document, HELD_OUT, "its text is that of a held-out document")
-    note["excluded"][HELD_OUT] = pool.index.rows(held_out).tolist()
-    _check_size(run, len(pool.store) - sum(map(len, note["excluded"].values())))
-    write_json(scratch / "tokens" / "pool.json", note)
-    return _saved(run, scratch, sets, lambda s: s["role"] == "heldout" or s["reason"] == HELD_OUT, pool.skipped)
+    rows = pool.index.rows(held_out)
+    _check_size(run, len(pool.store) - len(pool.twice) - len(rows))
+    write_json(scratch / "tokens" / "held-out.json", {"excluded": {HELD_OUT: rows.tolist()}})
+    return _saved(scratch, sets, "held-out", pool.skipped)
 
 
 def tokenise_upper(run: RunContext, scratch: Path) -> Figures:
@@ -135,7 +136,7 @@ def tokenise_upper(run: RunContext, scratch: Path) -> Figures:
             if len(shared):
                 raise BilectError(f"data: held-out document {heldout.at(shared[0])} is in upper_data too "
                                   f"({len(shared)} in all); remove it from one of the two")  # fmt: skip
-    return _saved(run, scratch, sets, lambda s: s["role"] == "upper")
+    return _saved(scratch, sets, "upper")
 
 
 def _tokenise_sets(run: RunContext, role: str, sources: Sequence[SourceConfig]) -> "list[_Set]":
@@ -147,20 +148,12 @@ def _tokenise_sets(run: RunContext, role: str, sources: Sequence[SourceConfig]) 
     return sets
 
 
-def _saved(
-    run: RunContext,
-    scratch: Path,
-    sets: "Sequence[_Set]",
-    own: Callable[[Mapping[str, Any]], bool],
-    more: Sequence[dict[str, Any]] = (),
-) -> Figures:
-    """A token file per set, and what was left out in ``skipped.jsonl``, in place of the stage's own earlier lines."""
+def _saved(scratch: Path, sets: "Sequence[_Set]", name: str, skipped: Sequence[dict[str, Any]] = ()) -> Figures:
+    """A token file per set, and a list of what was left out."""
     for part in sets:
         part.save(scratch / "tokens" / part.role / f"{set_name(part.sources[0])}.arrow")
-    skipped = [*more, *(s for part in sets for s in part.skipped)]
-    earlier = run.root / "tokens" / "skipped.jsonl"
-    lines = map(json.loads, earlier.read_text(encoding="utf-8").splitlines()) if earlier.is_file() else ()
-    _write_skipped(scratch / "tokens" / "skipped.jsonl", [*(s for s in lines if not own(s)), *skipped])
+    skipped = [*skipped, *(s for part in sets for s in part.skipped)]
+    _write_skipped(scratch / "tokens" / f"skipped-{name}.jsonl", skipped)
     tokens = sum(int(part.store.length_R.sum()) for part in sets)
     return {"tokens": tokens, "skipped": _counts(skipped), "flops": 0.0}
 

@@ -67,16 +67,20 @@ def sweep(problem: Problem, solved: Solved) -> list[dict[str, Any]]:
     for damping in DAMPINGS:
         for k in STEPS:
             rows.append(row("cg", linear_solve.cg(hvp, b, steps=k, damping=damping), k, damping))
+    size = linear_solve.spectral_norm(hvp, b)
     for k in STEPS:
-        best = 1 / solved.eigenvalues[1]  # takes an estimate of lambda_max; 0.1 takes none
-        rows.append(row("neumann", linear_solve.neumann(hvp, b, steps=k, step_size=best), k))
-        rows.append(row("neumann, 0.1", linear_solve.neumann(hvp, b, steps=k, step_size=0.1), k))
+        damped = linear_solve.cg(hvp, b, steps=k, damping=linear_solve.CG_DAMPING * size)
+        rows.append(row("cg, as in the fit", damped, k))
+        best = linear_solve.neumann(hvp, b, steps=k, step_size=1 / solved.eigenvalues[1])
+        rows.append(row("neumann", best, k))
+        rows.append(row("neumann, as in the fit", linear_solve.neumann(hvp, b, steps=k, step_size=1 / size), k))
     return rows
 
 
 def check_oracle(problem: Problem, solved: Solved) -> list[Claim]:
     """The yardstick itself: the dense solve against re-solving, and the project's products against dense ones."""
-    generator = torch.Generator().manual_seed(0)
+    generator, b = torch.Generator().manual_seed(0), problem.tree(solved.upper_gradient_P)
+    norm = linear_solve.spectral_norm(lambda v: problem.tree(solved.hessian_PP @ flat(v)), b)
     direction_N = torch.randn(problem.n_items, generator=generator, dtype=F64) * solved.alpha_N
     slope, exact = resolved_slope(problem, solved, direction_N), -float(solved.d_N @ direction_N)
     z = problem.tree(torch.randn(problem.n_params, generator=generator, dtype=F64))
@@ -90,6 +94,9 @@ def check_oracle(problem: Problem, solved: Solved) -> list[Claim]:
               relative_error(flat(product), solved.hessian_PP @ flat(z)), "rounding", high=ROUNDING),
         Claim("oracle", f"{problem.name}: directional derivatives against the dense Jacobian, relative error",
               relative_error(d_N, solved.jacobian_NP @ flat(z)), "rounding", high=ROUNDING),
+        Claim("oracle", f"{problem.name}: the Hessian's norm as the fit measures it, over lambda_max",
+              norm / solved.eigenvalues[1], "never above by construction; neumann's step must be below 2 / lambda_max",
+              low=0.5, high=1 + ROUNDING),
     ]  # fmt: skip
 
 

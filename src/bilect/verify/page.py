@@ -48,7 +48,7 @@ def _implicit(rows: Rows) -> str:
     for row in rows:
         name = row["solver"] + (f", damping {row['damping']:g}" if row["damping"] else "")
         # a solver without a choice of k is a level line
-        at = [row["k"]] if row["solver"] in ("cg", "neumann", "neumann, 0.1") else ends
+        at = ends if row["solver"] in ("identity", "adam", "sgd, published") else [row["k"]]
         named += [{**row, "name": name, "k": k, "distance": max(1 - row["cosine"], 1e-6)} for k in at]
     panels = [
         Lines(problem, "Hessian products k", "1 − cosine with the exact d",

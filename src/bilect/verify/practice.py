@@ -206,11 +206,13 @@ def implicit_at(problem: Problem, solved: Solved, u: Warm) -> dict[str, Tensor]:
     """The implicit estimators at a model that has not converged: the same formula, with everything taken at u."""
     b = gradient(problem.upper, u.params)
     hvp = hvp_exact(partial(problem.lower, solved.alpha_N), u.params)
+    size = linear_solve.spectral_norm(hvp, b)
     solutions = {
         "identity": linear_solve.identity(b),
         "adam": linear_solve.adam(b, u.second_moment),
-        "cg(3)": linear_solve.cg(hvp, b, steps=3),
-        "cg(3), damping 1": linear_solve.cg(hvp, b, steps=3, damping=1.0),
+        "cg(3), undamped": linear_solve.cg(hvp, b, steps=3),
+        "cg(3), as in the fit": linear_solve.cg(hvp, b, steps=3, damping=linear_solve.CG_DAMPING * size),
+        "neumann(3)": linear_solve.neumann(hvp, b, steps=3, step_size=1 / size),
     }
     return {name: directional_jvp(problem.losses, u.params, s.z) for name, s in solutions.items()}
 

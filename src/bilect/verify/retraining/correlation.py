@@ -65,6 +65,8 @@ def draws(n_subsets: int, n_seeds: int, seed: int) -> Draws:
 def resampled(predicted_KJ: np.ndarray, actual_J: np.ndarray, draws: Draws) -> np.ndarray:
     """Mean Spearman over the seeds of a method: as found, then in each resample of halves and seeds; (1 + B,).
 
+    Means of K seeds drawn from K vary by (K - 1) / K of what they should, so their part is stretched by the root of it.
+
     Args:
         predicted_KJ: sum of the scores of each half, from each seed.
         actual_J: minus its loss.
@@ -72,7 +74,9 @@ def resampled(predicted_KJ: np.ndarray, actual_J: np.ndarray, draws: Draws) -> n
     """
     found = spearman(predicted_KJ, np.broadcast_to(actual_J, predicted_KJ.shape)).mean()
     each_KB = np.stack([spearman(sums_J[draws.halves_BJ], actual_J[draws.halves_BJ]) for sums_J in predicted_KJ])
-    return np.append(found, np.take_along_axis(each_KB.T, draws.seeds_BK, axis=1).mean(1))
+    all_B, drawn_B = each_KB.mean(0), np.take_along_axis(each_KB.T, draws.seeds_BK, axis=1).mean(1)
+    n_seeds = len(predicted_KJ)
+    return np.append(found, all_B + math.sqrt(n_seeds / max(n_seeds - 1, 1)) * (drawn_B - all_B))
 
 
 def estimate(values_B: np.ndarray) -> Estimate:

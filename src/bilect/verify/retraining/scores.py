@@ -42,6 +42,9 @@ def settings_of(config: Config, variant: Variant) -> dict[str, Any]:
         BilectError: a setting that the method does not know.
     """
     name, own = variant
+    fit = config.fit
+    if name == "bliss-penalty" and fit.hypergradient == "penalty":  # the run's own, whose twins are not slowed down
+        own = fit.model_dump() | {"reference_learning_rate": fit.reference_learning_rate or fit.proxy_learning_rate}
     return dict(methods.make_for(config, name, own).config.model_dump(mode="json"))
 
 
