@@ -383,5 +383,5 @@ def test_the_command_prints_a_table_and_writes_both_files(corpus, finished, tmp_
         app, ["verify", "--out", str(out), "--retrain", str(tmp_path / "c.yaml"), "--subsets", "4", "--candidates",
               "24", "--seeds", "2", "--workers", "1"], catch_exceptions=False
     )  # fmt: skip
-    assert done.exit_code == 0 and "less that of bliss" in done.output and "spread over halves" in done.output
+    assert done.exit_code == 0 and "minus bliss adam" in done.output and "spread over halves" in done.output
     assert len(json.loads((out / "retrain.json").read_text())["candidates"]) == 24 and (out / "retrain.html").is_file()

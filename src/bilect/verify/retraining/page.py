@@ -27,15 +27,15 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def short(value: float | None) -> str:
-    """Two decimals."""
-    return "–" if value is None else f"{value:.2f}"
+    """Two decimals, without a minus before zero."""
+    return "–" if value is None else f"{round(value, 2) + 0.0:.2f}"
 
 
 def interval(estimate: Mapping[str, Any]) -> str:
     """A correlation and its interval."""
     if estimate["value"] is None:
         return "–"
-    return f"{estimate['value']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+    return f"{short(estimate['value'])} [{short(estimate['low'])}, {short(estimate['high'])}]"
 
 
 def _quality(result: Mapping[str, Any], rows: Rows) -> str:

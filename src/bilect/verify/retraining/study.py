@@ -21,7 +21,7 @@ from bilect.stages.context import RunContext
 from bilect.verify.retraining import correlation
 from bilect.verify.retraining.cells import Cell, fill
 from bilect.verify.retraining.correlation import Draws, Estimate
-from bilect.verify.retraining.page import interval, render, short
+from bilect.verify.retraining.page import interval, render
 from bilect.verify.retraining.scores import VARIANTS, Variant, own_variant, random_scores, scored, settings_of
 from bilect.verify.retraining.subsets import Study, retrained, warm
 
@@ -239,15 +239,13 @@ def _table(result: Mapping[str, Any]) -> Table:
         title=f"Spearman of summed scores with minus the loss after retraining: {halves} halves of {candidates}, "
         f"{result['seeds']} seed{'s' if result['seeds'] > 1 else ''} of each fit"
     )
-    for name in ("method", "held-out, 95%", f"less that of {result['own']}", "upper", "TFLOPs", "s"):
-        wide = name in ("method", "held-out, 95%")
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=wide)
+    for name in ("method", "held-out, 95%", f"minus {result['own']}", "TFLOPs"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in (*result["methods"], result["random"]):
         if row["error"] is not None:
             table.add_row(row["name"], "failed")
             continue
-        cost = (f"{row['flops'] / 1e12:.3f}", f"{row['seconds']:.1f}") if "flops" in row else ("0", "")
         less = row.get("minus_own", {}).get("heldout")
         table.add_row(row["name"], interval(row["quality"]["heldout"]), interval(less) if less else "",
-                      short(row["quality"]["upper"]["value"]), *cost)  # fmt: skip
+                      f"{row.get('flops', 0) / 1e12:.3f}")  # fmt: skip
     return table
