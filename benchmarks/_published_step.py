@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from bilect.config import FitConfig
 from bilect.data.batch import IGNORE, Batch
+from bilect.functional.linear_solve import SGD_STEP_SIZE
 from bilect.models.score_model import ScoreModel
 
 __all__ = ["PublishedStep"]
@@ -117,7 +118,7 @@ class PublishedStep:
         config = self.config
         numel = sum(p.numel() for p in self.params)
         z = [torch.full_like(p, 1.0 / numel) for p in self.params]
-        step_size = config.solver_step_size or 1e-2
+        step_size = config.solver_step_size or SGD_STEP_SIZE
         with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivatives
             lower_gradient = torch.autograd.grad(self.lower_loss(batch, weight_B), self.params, create_graph=True)
             for _ in range(config.solver_steps):

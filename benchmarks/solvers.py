@@ -10,14 +10,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-IMPLICIT: dict[str, Any] = {"hypergradient": "implicit"}
 SOLVERS: dict[str, dict[str, Any]] = {
-    "cg, 0": {**IMPLICIT, "solver": "cg", "damping": 0.0},
-    "cg, 0.1": {**IMPLICIT, "solver": "cg", "damping": 0.1},
-    "cg, 1": {**IMPLICIT, "solver": "cg", "damping": 1.0},
-    "neumann, 0": {**IMPLICIT, "solver": "neumann", "damping": 0.0},
-    "neumann, 1": {**IMPLICIT, "solver": "neumann", "damping": 1.0},
-    "sgd": {**IMPLICIT, "solver": "sgd"},
+    "cg, 0": {"solver": "cg", "damping": 0.0},
+    "cg, 0.1": {"solver": "cg", "damping": 0.1},
+    "cg, 1": {"solver": "cg", "damping": 1.0},
+    "neumann, 0": {"solver": "neumann", "damping": 0.0},
+    "neumann, 1": {"solver": "neumann", "damping": 1.0},
+    "sgd": {"solver": "sgd"},
 }
 
 
@@ -49,6 +48,8 @@ def main() -> None:
             "upper_length": float(run.upper().length_R.mean()),
         }
 
+    solvers = {name: {"hypergradient": "implicit", **settings} for name, settings in SOLVERS.items()}
+
     def cost(**settings: Any) -> float:
         fit = config.fit.model_copy(update=settings)
         # the score model costs what the proxy does, save for the head: near enough to choose a number of steps by
@@ -56,9 +57,9 @@ def main() -> None:
 
     equal = {
         f"bliss {name}, equal": ("bliss", {**settings, "steps": round(config.fit.steps * cost() / cost(**settings))})
-        for name, settings in SOLVERS.items()
+        for name, settings in solvers.items()
     }
-    more = {"bliss cg, 1": ("bliss", SOLVERS["cg, 1"])}
+    more = {"bliss cg, 1": ("bliss", solvers["cg, 1"])}
     variants = {**VARIANTS, **equal, **more}
     run_retraining(config, args.out, subsets=args.subsets, candidates=args.candidates, seeds=args.seeds,
                    workers=args.workers, variants=variants)  # fmt: skip

@@ -236,7 +236,7 @@ class BilevelFit:
             return linear_solve.neumann(hvp, b, steps=config.solver_steps, step_size=step_size, damping=damping)
         if config.solver == "cg":
             return linear_solve.cg(hvp, b, steps=config.solver_steps, damping=damping)
-        step_size = config.solver_step_size or 1e-2
+        step_size = config.solver_step_size or linear_solve.SGD_STEP_SIZE
         return linear_solve.sgd(hvp, b, steps=config.solver_steps, step_size=step_size, damping=damping)
 
     def _second_moment(self) -> Tree:

@@ -16,6 +16,7 @@ from bilect.functional.trees import Tree, TreeMap, add_scaled, dot, norm, scale,
 __all__ = [
     "CG_DAMPING",
     "NORM_PRODUCTS",
+    "SGD_STEP_SIZE",
     "Solution",
     "adam",
     "cg",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 
+SGD_STEP_SIZE = 1e-2  # BLISS, section 3
 NORM_PRODUCTS = 5  # Hessian products to measure its norm with, where step size or damping are to follow from it
 CG_DAMPING = 0.1  # as a share of that norm: at a model in training there is curvature near zero, and below
 
@@ -147,7 +149,7 @@ def sgd(
     b: Tree,
     *,
     steps: int = 3,
-    step_size: float = 1e-2,
+    step_size: float = SGD_STEP_SIZE,
     clip: float | None = 1.0,
     damping: float = 0.0,
     start: Tree | None = None,

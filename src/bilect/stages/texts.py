@@ -45,11 +45,12 @@ def input_hashes(run: RunContext) -> dict[str, dict[str, str]]:
     """
     data = run.config.data
     found: dict[str, dict[str, str]] = {"lower_data": {}, "upper_data": {}, "heldout_data": {}}
-    for role, sources in (("upper_data", data.upper_data), ("heldout_data", data.heldout_data)):
+    target_sets = (("upper_data", data.upper_data), ("heldout_data", data.heldout_data))
+    for role, sources in target_sets:
         for name, count in Counter(map(set_name, sources)).items():
             if count > 1:
                 raise BilectError(f"data.{role}: {count} sets are called {name!r}; give each its own source")
-    for role, sources in (("lower_data", data.lower_data), *_roles(run)):
+    for role, sources in (("lower_data", data.lower_data), *target_sets):
         for source in sources:
             for part in inputs(source):
                 known = found[role].get(part.where, "")
@@ -90,7 +91,7 @@ def tokenise_files(run: RunContext, scratch: Path, tokenizer: PreTrainedTokenize
         files = [folder / "pool" / f"{n:05d}-{part.name}.arrow" for n, part in enumerate(pool.inputs)]
         for made, file in zip(pool.paths, files, strict=True):
             link(made, file)
-    pool.twice = pool.repeated(skip)
+    pool.leave_out_repeated(skip)
     rows = [
         {"file": file.name, "input": part.where, "weight": part.source.weight, "rows": len(store_part.rows)}
         for file, part, store_part in zip(files, pool.inputs, pool.store.parts, strict=True)
@@ -144,7 +145,7 @@ def _tokenise_sets(run: RunContext, role: str, sources: Sequence[SourceConfig]) 
     with run.progress.task(f"tokenise the {'held-out' if role == 'heldout' else role} sets") as task:
         for part in sets:
             part.tokenise(files, task)
-            part.twice = part.repeated(run.config.data.on_bad_record == "skip")
+            part.leave_out_repeated(run.config.data.on_bad_record == "skip")
     return sets
 
 
@@ -185,8 +186,8 @@ class _Set:
     def use(self, store: TokenStore) -> None:
         self.store, self.index = store, DocumentIndex(store)
 
-    def repeated(self, skip: bool) -> np.ndarray:
-        """Rows of documents that repeat an id; unless they are to be skipped, the first of them is an error."""
+    def leave_out_repeated(self, skip: bool) -> None:
+        """Leave out the documents that repeat an id; unless they are to be skipped, the first of them is an error."""
         pairs = self.index.repeated()
         for document, first in pairs:
             same_text = self.index.has_hash_for_id(document)
@@ -196,9 +197,8 @@ class _Set:
                 part, record = self._locate(document)
                 raise bad_record(part, Problem(record, TWICE, detail))
             self.skip(document, TWICE, detail)
-        rows = self.index.rows(np.array([d for d, _ in pairs], dtype=np.int64))
-        self.index.leave_out(rows)
-        return rows
+        self.twice = self.index.rows(np.array([d for d, _ in pairs], dtype=np.int64))
+        self.index.leave_out(self.twice)
 
     def save(self, file: Path) -> None:
         """One token file of a set."""
@@ -221,10 +221,6 @@ class _Set:
         row = int(self.index.first_D[document])
         number = next(n for n, part in enumerate(self.store.parts) if row in part.rows)
         return self.inputs[number], int(self.store.take("record", [row])[0].as_py())
-
-
-def _roles(run: RunContext) -> tuple[tuple[str, tuple[SourceConfig, ...]], ...]:
-    return ("upper_data", run.config.data.upper_data), ("heldout_data", run.config.data.heldout_data)
 
 
 def _token_files(run: RunContext, tokenizer: PreTrainedTokenizerBase, *, chunk: bool) -> TokenFiles:

@@ -14,7 +14,7 @@ from torch import Tensor
 from bilect.functional import linear_solve
 from bilect.functional.directional import directional_jvp, hvp_exact
 from bilect.functional.linear_solve import Solution, relative_residual
-from bilect.functional.trees import Tree
+from bilect.functional.trees import TreeMap
 from bilect.verify.claims import Claim, Reported, cosine, relative_error
 from bilect.verify.exact import DIFFERENCE, Solved, flat, resolved_slope
 from bilect.verify.problems import F64, Problem
@@ -41,10 +41,7 @@ def sweep(problem: Problem, solved: Solved) -> list[dict[str, Any]]:
         Per row, of d: ``cosine`` and ``relative_error``; of z: the true ``residual`` of the undamped system and the
         ``error`` ``||z - z*||_H / ||z*||_H``; and the ``products`` spent.
     """
-    b = problem.tree(solved.upper_gradient_P)
-
-    def hvp(v: Tree) -> Tree:
-        return problem.tree(solved.hessian_PP @ flat(v))
+    b, hvp = problem.tree(solved.upper_gradient_P), _dense_product(problem, solved)
 
     def energy(v_P: Tensor) -> float:
         return float(v_P @ (solved.hessian_PP @ v_P)) ** 0.5
@@ -77,10 +74,14 @@ def sweep(problem: Problem, solved: Solved) -> list[dict[str, Any]]:
     return rows
 
 
+def _dense_product(problem: Problem, solved: Solved) -> TreeMap:
+    return lambda v: problem.tree(solved.hessian_PP @ flat(v))
+
+
 def check_oracle(problem: Problem, solved: Solved) -> list[Claim]:
     """The yardstick itself: the dense solve against re-solving, and the project's products against dense ones."""
     generator, b = torch.Generator().manual_seed(0), problem.tree(solved.upper_gradient_P)
-    norm = linear_solve.spectral_norm(lambda v: problem.tree(solved.hessian_PP @ flat(v)), b)
+    norm = linear_solve.spectral_norm(_dense_product(problem, solved), b)
     direction_N = torch.randn(problem.n_items, generator=generator, dtype=F64) * solved.alpha_N
     slope, exact = resolved_slope(problem, solved, direction_N), -float(solved.d_N @ direction_N)
     z = problem.tree(torch.randn(problem.n_params, generator=generator, dtype=F64))
