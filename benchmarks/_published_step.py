@@ -30,7 +30,7 @@ __all__ = ["PublishedStep"]
 
 
 class PublishedStep:
-    """The counterpart of ``bilect.bilevel.offline.BilevelFit`` with the ``sgd`` solver; same arguments.
+    """The counterpart of ``bilect.bilevel.offline.fit.BilevelFit`` with the ``sgd`` solver; same arguments.
 
     Attributes:
         z: solution of the last step's linear system, one tensor per parameter.

@@ -27,7 +27,7 @@ from _published_step import PublishedStep
 from rich.console import Console
 from rich.table import Table
 
-from bilect.bilevel.offline import BilevelFit
+from bilect.bilevel.offline.fit import BilevelFit
 from bilect.config import FitConfig
 from bilect.data.batch import Batch, make_batch
 from bilect.models.loading import load_causal_lm

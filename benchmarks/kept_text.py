@@ -23,9 +23,9 @@ from scipy.stats import rankdata
 
 from bilect.config import load_config
 from bilect.data.tokens import TokenStore
-from bilect.export import kept_ids
-from bilect.progress import SilentProgress
-from bilect.stages.context import RunContext, target_folder
+from bilect.pipeline.context import RunContext, target_folder
+from bilect.runtime.progress import SilentProgress
+from bilect.selection.records import kept_ids
 
 DISCOUNT = 0.75
 COLUMNS = ("loss", "bigram_ce", "unigram_ce", "parents", "compressed", "between_sources")

@@ -37,7 +37,7 @@ from bilect.models.loading import load_causal_lm, load_tokenizer, train_tokenize
 from bilect.models.score_model import ScoreModel
 from bilect.runtime.device import autocast, pick_device
 from bilect.runtime.memory import peak_gb
-from bilect.scoring import ROWS_AT_ONCE, score_rows, write_scores
+from bilect.selection.scoring import ROWS_AT_ONCE, score_rows, write_scores
 
 FILES = 4
 

@@ -89,7 +89,7 @@ def in_fresh_process(scores: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def measure(scores: Path, settings: dict[str, Any]) -> dict[str, Any]:
     from bilect.config import SelectionConfig
-    from bilect.selection import select
+    from bilect.selection.select import select
 
     begin, cpu = time.perf_counter(), time.process_time()
     chosen = select(scores, scores.parent / "selected", SelectionConfig(**settings))

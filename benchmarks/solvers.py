@@ -30,11 +30,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     args = parser.parse_args()
 
-    from bilect import pipeline
     from bilect.bilevel.cost import fit_flops
     from bilect.config import load_config
-    from bilect.progress import RichProgress
-    from bilect.stages.context import RunContext, target_folder
+    from bilect.pipeline import stages as pipeline
+    from bilect.pipeline.context import RunContext, target_folder
+    from bilect.runtime.progress import RichProgress
     from bilect.verify.retraining import run_retraining
     from bilect.verify.retraining.scores import VARIANTS
 

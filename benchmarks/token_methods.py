@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bilect.bilevel.online import OnlineTokenSelector
+from bilect.bilevel.online.selector import OnlineTokenSelector
 from bilect.config import SourceConfig
 from bilect.data.documents import Document, read_documents
 from bilect.models.flops import forward_flops

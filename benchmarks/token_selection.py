@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bilect.bilevel import choice
-from bilect.bilevel.online import OnlineTokenSelector
+from bilect.bilevel.online import choice
+from bilect.bilevel.online.selector import OnlineTokenSelector
 from bilect.models.loading import load_causal_lm
 from bilect.runtime import distributed
 from bilect.runtime.device import autocast, pick_device

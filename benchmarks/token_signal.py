@@ -21,8 +21,8 @@ from token_methods import Data, build, parse_args, warm_up
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bilect.bilevel.online import OnlineTokenSelector
-from bilect.bilevel.token_loss import TokenBatch, TokenForward
+from bilect.bilevel.online.selector import OnlineTokenSelector
+from bilect.bilevel.online.token_loss import TokenBatch, TokenForward
 from bilect.runtime.device import pick_device
 
 AGES = (0, 5, 10, 25, 49)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bilect.config import Config
-from bilect.pipeline import run
-from bilect.run_dir import RunDir
+from bilect.pipeline.directory import RunDir
+from bilect.pipeline.stages import run
 
 START, END = 0, 1 << 30  # of a stage's action; any number between: at that call of ``advance`` that moves the bar
 

@@ -44,7 +44,7 @@ def test_auto_model_loads_a_saved_score_model(tmp_path):
 def test_help_needs_no_heavy_import():
     script = (
         "import sys, bilect.cli; from typer.testing import CliRunner;"
-        "r = CliRunner().invoke(bilect.cli.app, ['--help']); assert r.exit_code == 0 and 'demo' in r.output;"
+        "r = CliRunner().invoke(bilect.cli.commands.app, ['--help']); assert r.exit_code == 0 and 'demo' in r.output;"
         "print([m for m in ('torch', 'transformers', 'duckdb', 'matplotlib', 'pyarrow') if m in sys.modules])"
     )
     assert python(script).strip() == "[]"

@@ -6,14 +6,14 @@ After ``import bilect`` a saved score model loads with ``transformers.AutoModel.
 import importlib
 from typing import Any
 
-from bilect import _registration
+from bilect.models import registration
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "BilectError": "bilect.errors",
     "BilevelFit": "bilect.bilevel.offline",
-    "BladeConfig": "bilect.blade_config",
+    "BladeConfig": "bilect.config.online",
     "BladeTrainer": "bilect.integrations.trainer",
     "CausalLM": "bilect.models.causal_lm",
     "Config": "bilect.config",
@@ -25,8 +25,8 @@ _PUBLIC = {
     "load_config": "bilect.config",
     "plan_run": "bilect.plan",
     "run": "bilect.pipeline",
-    "score_files": "bilect.reuse",
-    "select_again": "bilect.reuse",
+    "score_files": "bilect.pipeline.reuse",
+    "select_again": "bilect.pipeline.reuse",
     "write_report": "bilect.report",
 }
 
@@ -43,4 +43,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-_registration.register_with_transformers()
+registration.register_with_transformers()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks._published_step import PublishedStep
-from bilect.bilevel.offline import BilevelFit
+from bilect.bilevel.offline.fit import BilevelFit
 from bilect.config import FitConfig
 from bilect.data.batch import Batch, make_batch
 from bilect.models.loading import load_causal_lm

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bilect.bilevel.cost import fit_flops
-from bilect.bilevel.offline import BilevelFit
+from bilect.bilevel.offline.fit import BilevelFit
 from bilect.config import FitConfig
 from bilect.models.score_model import ScoreModel
 from tests.helpers import batch_of, documents, tiny_lm

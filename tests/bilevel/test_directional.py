@@ -11,13 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bilect.bilevel.ghost import directional_ghost
-from bilect.bilevel.objective import (
-    directional,
-    document_losses,
-    lower_objective,
-    target_on_batch,
-    upper_objective,
-)
+from bilect.bilevel.objective import directional, document_losses, lower_objective, target_on_batch, upper_objective
 from bilect.errors import BilectError
 from bilect.functional.directional import central_step, directional_finite_difference, hvp_finite_difference
 from bilect.functional.trees import Tree, norm

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bilect.bilevel.objective import directional, lower_objective, target_on_batch, upper_objective
-from bilect.bilevel.offline import BilevelFit
+from bilect.bilevel.offline.fit import BilevelFit
 from bilect.config import FitConfig
 from bilect.data.batch import Batch
 from bilect.functional.hypergradient import score_gradient

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilect.bilevel import token_loss
-from bilect.bilevel.kernel import agreeing_kernel, applies
-from bilect.bilevel.token_loss import TokenBatch, TokenForward
+from bilect.bilevel.online import token_loss
+from bilect.bilevel.online.kernel import agreeing_kernel, applies
+from bilect.bilevel.online.token_loss import TokenBatch, TokenForward
 from bilect.functional.losses import Head, token_losses
 from tests.bilevel.online_helpers import make_batch, small
 

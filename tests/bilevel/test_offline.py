@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bilect.bilevel.objective import lower_objective, target_on_batch
-from bilect.bilevel.offline import BilevelFit
+from bilect.bilevel.offline.fit import BilevelFit
 from bilect.config import FitConfig
 from bilect.data.batch import Batch
 from bilect.errors import BilectError

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import bilect.bilevel.token_loss
-from bilect.bilevel.online import OnlineTokenSelector
+import bilect.bilevel.online.token_loss
+from bilect.bilevel.online.selector import OnlineTokenSelector
 from bilect.errors import BilectError
 from tests.bilevel.online_helpers import (
     best,
@@ -117,9 +117,9 @@ def test_a_reference_on_disk(tmp_path: Any) -> None:
 
 def test_head_sees_no_gradient_for_tokens_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = small(), []
-    fused = bilect.bilevel.token_loss.weighted_token_loss
+    fused = bilect.bilevel.online.token_loss.weighted_token_loss
     monkeypatch.setattr(
-        bilect.bilevel.token_loss, "weighted_token_loss", lambda h, *a: (rows.append(len(h)), fused(h, *a))[1]
+        bilect.bilevel.online.token_loss, "weighted_token_loss", lambda h, *a: (rows.append(len(h)), fused(h, *a))[1]
     )
     OnlineTokenSelector(model, sync_every=None, reference=small(seed=3), keep_ratio=0.3).loss(model, make_batch(0))
     assert rows == [9]  # ceil(0.3 * 29)
@@ -194,7 +194,7 @@ def test_reference_learns_from_the_outgoing_selection(baseline: Any) -> None:
 
 
 def selector_order(upper: list[Any], seed: int, n: int) -> list[Any]:
-    from bilect.bilevel.feeds import Feed
+    from bilect.bilevel.online.feeds import Feed
 
     feed = Feed(upper, seed, "upper")
     return [feed() for _ in range(n)]

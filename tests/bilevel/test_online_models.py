@@ -8,8 +8,8 @@ import peft
 import pytest
 import torch
 
-from bilect.bilevel.online import OnlineTokenSelector
-from bilect.bilevel.reference import distance
+from bilect.bilevel.online.reference import distance
+from bilect.bilevel.online.selector import OnlineTokenSelector
 from tests.bilevel.online_helpers import largest_difference, learned, make_batch, plain_losses, small, train
 
 UPPER = [make_batch(100 + i, (9, 12), given=5) for i in range(3)]

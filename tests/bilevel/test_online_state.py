@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from bilect.bilevel.feeds import Feed
-from bilect.bilevel.online import OnlineTokenSelector
+from bilect.bilevel.online.feeds import Feed
+from bilect.bilevel.online.selector import OnlineTokenSelector
 from bilect.errors import BilectError
 from tests.bilevel.online_helpers import make_batch, small
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bilect.bilevel.objective import Gradient, Objective, lower_objective, upper_objective
-from bilect.bilevel.twins import FirstOrderModel, Twins
+from bilect.bilevel.offline.twins import FirstOrderModel, Twins
 from bilect.functional.hypergradient import penalty_values
 from bilect.functional.trees import Tree, zeros_like
 from bilect.models.causal_lm import CausalLM

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bilect.bilevel.objective import upper_objective
-from bilect.bilevel.offline import BilevelFit
+from bilect.bilevel.offline.fit import BilevelFit
 from bilect.config import FitConfig
 from bilect.data.batch import join_batches, make_batch
 from bilect.data.documents import Document

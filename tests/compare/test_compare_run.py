@@ -18,8 +18,9 @@ from bilect.compare.cells import cells, share
 from bilect.compare.plan import plan_cells
 from bilect.config import parse_config
 from bilect.errors import BilectError
-from bilect.pipeline import run
-from bilect.run_dir import locked, read_manifest
+from bilect.pipeline.directory import read_manifest
+from bilect.pipeline.stages import run
+from bilect.runtime.locks import locked
 from tests.corpus import tiny_settings, write_corpus
 
 

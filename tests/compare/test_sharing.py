@@ -7,10 +7,10 @@ import pytest
 
 from bilect.compare.cells import cells
 from bilect.config import Config, load_config, parse_config
-from bilect.pipeline import stage_keys, stages
-from bilect.progress import SilentProgress
-from bilect.settings import put
-from bilect.stages.context import RunContext
+from bilect.config.base import put
+from bilect.pipeline.context import RunContext
+from bilect.pipeline.stages import stage_keys, stages
+from bilect.runtime.progress import SilentProgress
 from tests.corpus import tiny_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -15,11 +15,12 @@ from bilect.data.documents import Document
 from bilect.data.tokens import TokenStore, write_tokens
 from bilect.errors import BilectError
 from bilect.models.loading import train_tokenizer
-from bilect.pipeline import stages
-from bilect.progress import SilentProgress
-from bilect.run_dir import RunDir, derive_seed
-from bilect.stages.context import RunContext
-from bilect.stages.texts import input_hashes, tokenise_heldout, tokenise_pool, tokenise_upper
+from bilect.pipeline.context import RunContext
+from bilect.pipeline.directory import RunDir
+from bilect.pipeline.stages import stages
+from bilect.pipeline.texts import input_hashes, tokenise_heldout, tokenise_pool, tokenise_upper
+from bilect.runtime.progress import SilentProgress
+from bilect.runtime.seeds import derive_seed
 from tests.corpus import write_jsonl
 
 POOL = [{"id": f"d{i}", "text": f"document {i} of the pool, number {i * i}"} for i in range(12)]
@@ -213,7 +214,7 @@ def test_sets_of_one_name_are_refused(tmp_path):
 
 def test_too_small_a_pool_is_known_before_anything_is_tokenised(tmp_path, monkeypatch):
     corpus(tmp_path)
-    monkeypatch.setattr("bilect.stages.texts.train_tokenizer", None)
+    monkeypatch.setattr("bilect.pipeline.texts.train_tokenizer", None)
     with pytest.raises(BilectError, match="the pool has 12 documents, fewer than 2 batches of 7"):
         tokenise(context(tmp_path, size=7))
 

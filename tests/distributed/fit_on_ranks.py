@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilect.bilevel import offline
-from bilect.bilevel.offline import BilevelFit
+from bilect.bilevel.offline import fit as offline
+from bilect.bilevel.offline.fit import BilevelFit
 from bilect.config import FitConfig
 from bilect.data.batch import Batch
 from bilect.models.score_model import ScoreModel

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from bilect.bilevel.online import OnlineTokenSelector
+from bilect.bilevel.online.selector import OnlineTokenSelector
 from bilect.runtime import distributed
 from tests.bilevel.online_helpers import Batch, make_batch
 from tests.distributed.ranks import main

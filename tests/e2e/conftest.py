@@ -3,7 +3,7 @@
 import pytest
 
 from bilect.config import parse_config
-from bilect.pipeline import run
+from bilect.pipeline.stages import run
 from tests.corpus import tiny_settings, write_corpus
 
 

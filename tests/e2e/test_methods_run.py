@@ -9,8 +9,8 @@ import pytest
 from bilect import methods
 from bilect.config import parse_config
 from bilect.errors import BilectError
-from bilect.pipeline import run
-from bilect.stages.context import open_pool
+from bilect.pipeline.context import open_pool
+from bilect.pipeline.stages import run
 from tests.corpus import tiny_settings
 from tests.killing import END, KillingProgress, in_fork, run_watched
 

@@ -7,13 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from bilect.cli import app
+from bilect.cli.commands import app
 from bilect.config import parse_config
-from bilect.pipeline import run
-from bilect.progress import SilentProgress
-from bilect.reuse import select_again
-from bilect.stages.context import RunContext
-from bilect.stages.training import _rows_of
+from bilect.pipeline.context import RunContext
+from bilect.pipeline.reuse import select_again
+from bilect.pipeline.stages import run
+from bilect.pipeline.training import _rows_of
+from bilect.runtime.progress import SilentProgress
 from tests.corpus import tiny_settings, write_corpus, write_jsonl
 
 

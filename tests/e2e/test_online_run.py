@@ -10,17 +10,17 @@ import yaml
 from safetensors.torch import load_file
 
 from bilect.bilevel.cost import selecting_flops
-from bilect.blade_config import BladeConfig
-from bilect.cli import main
+from bilect.cli.commands import main
 from bilect.config import TrainConfig, parse_config
+from bilect.config.online import BladeConfig
 from bilect.data.loading import PackedWindows, SetStream, UpperBatches
 from bilect.data.tokens import TokenStore
 from bilect.models.flops import forward_flops
 from bilect.models.loading import load_causal_lm
-from bilect.pipeline import run
-from bilect.progress import SilentProgress
-from bilect.stages.context import open_pool
-from bilect.training import Online, train
+from bilect.pipeline.context import open_pool
+from bilect.pipeline.stages import run
+from bilect.runtime.progress import SilentProgress
+from bilect.training.train import Online, train
 from tests.corpus import tiny_settings
 from tests.helpers import tiny_lm
 
@@ -140,7 +140,7 @@ def test_command_line(corpus, tmp_path, capsys, monkeypatch, compared):
 
 
 def test_plan_counts_the_choice_of_tokens(compared, corpus):
-    from bilect.plan import plan_run
+    from bilect.pipeline.plan import plan_run
 
     out, records = compared
     lines = {p.name: p for p in plan_run(parse_config(settings(corpus, controls=[])), out, ["blade", "full"])}

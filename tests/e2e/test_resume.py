@@ -17,8 +17,8 @@ import yaml
 from bilect.config import parse_config
 from bilect.errors import BilectError
 from bilect.models.loading import load_causal_lm, load_score_model, load_tokenizer
-from bilect.pipeline import run
-from bilect.run_dir import locked
+from bilect.pipeline.stages import run
+from bilect.runtime.locks import locked
 from tests.corpus import tiny_settings, write_corpus
 from tests.killing import END, START, KillingProgress, in_fork, run_watched
 

@@ -10,12 +10,12 @@ import yaml
 import zstandard
 from typer.testing import CliRunner
 
-from bilect.cli import app
+from bilect.cli.commands import app
 from bilect.config import parse_config
 from bilect.errors import BilectError
-from bilect.pipeline import run
-from bilect.plan import plan_run
-from bilect.reuse import score_files, select_again
+from bilect.pipeline.plan import plan_run
+from bilect.pipeline.reuse import score_files, select_again
+from bilect.pipeline.stages import run
 from tests.corpus import tiny_settings
 
 

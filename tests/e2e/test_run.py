@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from bilect.cli import main
+from bilect.cli.commands import main
 from bilect.config import parse_config
 from bilect.errors import BilectError
-from bilect.pipeline import run
+from bilect.pipeline.stages import run
 from tests.corpus import tiny_settings
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from bilect.bilevel.online import OnlineTokenSelector
+from bilect.bilevel.online.selector import OnlineTokenSelector
 from bilect.errors import BilectError
 from bilect.integrations.trainer import BladeConfig, BladeTrainer
 from tests.bilevel.online_helpers import Batch, make_batch, plain_losses, small

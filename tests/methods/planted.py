@@ -14,8 +14,8 @@ from bilect.data.documents import Document
 from bilect.data.tokens import TokenStore, write_tokens
 from bilect.methods.contract import Inputs
 from bilect.models.loading import load_causal_lm
-from bilect.progress import SilentProgress
-from bilect.training import train
+from bilect.runtime.progress import SilentProgress
+from bilect.training.train import train
 
 SOURCES, OWN = 5, 12
 TARGET = "s2"

@@ -24,8 +24,8 @@ from bilect.methods.less import _projection, last_blocks
 from bilect.methods.mates import Probe
 from bilect.models.causal_lm import CausalLM
 from bilect.models.loading import load_causal_lm
-from bilect.progress import SilentProgress
-from bilect.training import train
+from bilect.runtime.progress import SilentProgress
+from bilect.training.train import train
 from tests.helpers import KINDS, document_loss, reference_upper, tiny_lm
 from tests.methods.planted import CONTEXT, TINY, Counted
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilect import methods
-from bilect.bilevel.online import OnlineTokenSelector
+from bilect.bilevel.online.selector import OnlineTokenSelector
 from bilect.data.batch import join_batches, make_batch
 from bilect.errors import BilectError
 from bilect.methods._noise import gumbel, uniform

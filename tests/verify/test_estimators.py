@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from bilect.bilevel.twins import Twins
+from bilect.bilevel.offline.twins import Twins
 from bilect.functional import linear_solve
 from bilect.verify import exact, implicit, penalty, practice, problems, selections
 from bilect.verify.claims import Claim, log_slope

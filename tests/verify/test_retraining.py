@@ -16,11 +16,11 @@ import yaml
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
-from bilect.cli import app
+from bilect.cli.commands import app
 from bilect.config import parse_config
 from bilect.errors import BilectError
-from bilect.progress import SilentProgress
-from bilect.run_dir import derive_seed
+from bilect.runtime.progress import SilentProgress
+from bilect.runtime.seeds import derive_seed
 from bilect.verify.retraining import cells, correlation, page
 from bilect.verify.retraining import study as studies
 from bilect.verify.retraining.scores import VARIANTS, own_variant, settings_of

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from bilect.cli import app
+from bilect.cli.commands import app
 from bilect.verify import page, run, run_verify
 from bilect.verify.claims import Claim
 

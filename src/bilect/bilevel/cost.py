@@ -2,8 +2,8 @@
 
 from transformers import PreTrainedModel
 
-from bilect.blade_config import BladeConfig
 from bilect.config import FitConfig
+from bilect.config.online import BladeConfig
 from bilect.functional.linear_solve import NORM_PRODUCTS
 from bilect.models.flops import forward_flops
 

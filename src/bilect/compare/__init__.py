@@ -30,7 +30,8 @@ def compare(config: Config, out: Path, say: Callable[[str], None] = lambda line:
     from bilect.compare.comparison import compare_runs, csv_text
     from bilect.compare.grid import carry_out
     from bilect.compare.page import render
-    from bilect.run_dir import locked, write_json, write_text
+    from bilect.runtime.files import write_json, write_text
+    from bilect.runtime.locks import locked
 
     out = out.resolve()
     found = cells(config, out)

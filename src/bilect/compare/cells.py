@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bilect.compare_config import CompareConfig
 from bilect.config import Config, parse_config
+from bilect.config.base import put
+from bilect.config.compare import CompareConfig
 from bilect.data.sources import set_name
 from bilect.errors import BilectError
 from bilect.methods import choosers
-from bilect.pipeline import stages, states, with_arms
-from bilect.progress import SilentProgress
-from bilect.run_dir import locked, read_manifest, write_json
-from bilect.settings import put
-from bilect.stages import texts
-from bilect.stages.context import RunContext
-from bilect.tasks import find_tasks
+from bilect.pipeline import texts
+from bilect.pipeline.context import RunContext
+from bilect.pipeline.directory import read_manifest
+from bilect.pipeline.stages import stages, states, with_arms
+from bilect.runtime.files import write_json
+from bilect.runtime.locks import locked
+from bilect.runtime.progress import SilentProgress
+from bilect.training.tasks import find_tasks
 
 __all__ = ["BASE", "Cell", "cells", "check", "share"]
 

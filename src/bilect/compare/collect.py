@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bilect.compare.cells import Cell
-from bilect.export import kept_ids
-from bilect.run_dir import read_manifest
-from bilect.stages.context import target_folder
+from bilect.pipeline.context import target_folder
+from bilect.pipeline.directory import read_manifest
+from bilect.selection.records import kept_ids
 
 __all__ = ["Arm", "Point", "collect"]
 

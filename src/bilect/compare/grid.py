@@ -11,7 +11,7 @@ from typing import Any
 
 from bilect.compare.cells import Cell, share
 from bilect.errors import BilectError
-from bilect.progress import SilentProgress, Task
+from bilect.runtime.progress import SilentProgress, Task
 from bilect.runtime.workers import cores, end_with_parent
 
 __all__ = ["carry_out"]
@@ -99,7 +99,7 @@ def _start(messages: "Queue[str]", numbers: "Queue[int]", workers: int, gpus: li
 
 
 def _run(cell: Cell) -> None:
-    from bilect.pipeline import run
+    from bilect.pipeline.stages import run
 
     share(cell)
     run(cell.config, cell.folder, _Notes(cell.name))

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from bilect.compare.cells import Cell, cells, check
 from bilect.config import Config
-from bilect.pipeline import stage_keys, stages
-from bilect.plan import plan_run
-from bilect.progress import SilentProgress
-from bilect.run_dir import read_manifest
-from bilect.stages import texts
-from bilect.stages.context import RunContext
+from bilect.pipeline import texts
+from bilect.pipeline.context import RunContext
+from bilect.pipeline.directory import read_manifest
+from bilect.pipeline.plan import plan_run
+from bilect.pipeline.stages import stage_keys, stages
+from bilect.runtime.progress import SilentProgress
 
 __all__ = ["PlannedVariant", "plan_cells"]
 

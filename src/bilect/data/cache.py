@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from bilect.errors import BilectError
-from bilect.run_dir import content_hash, write_json
+from bilect.runtime.files import content_hash, write_json
 
 __all__ = ["cache_folder", "file_hash"]
 

@@ -15,7 +15,7 @@ import fsspec
 from bilect.config import SourceConfig
 from bilect.data.cache import file_hash
 from bilect.errors import BilectError, reason
-from bilect.run_dir import content_hash
+from bilect.runtime.files import content_hash
 
 __all__ = ["Input", "identity", "inputs", "open_dataset", "set_name"]
 

@@ -20,7 +20,7 @@ from bilect.data.documents import Document, Problem, bad_record, read_input
 from bilect.data.sources import Input, identity
 from bilect.data.tokens import TokenStore, start_token, write_tokens
 from bilect.errors import BilectError, reason
-from bilect.run_dir import content_hash, write_json
+from bilect.runtime.files import content_hash, write_json
 
 __all__ = ["TokenFile", "TokenFiles", "link"]
 

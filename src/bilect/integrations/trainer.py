@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bilect.bilevel.online import OnlineTokenSelector
-from bilect.blade_config import BladeConfig
+from bilect.bilevel.online.selector import OnlineTokenSelector
+from bilect.config.online import BladeConfig
 from bilect.errors import BilectError
 from bilect.runtime import distributed
 

@@ -67,7 +67,7 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> "Any":
     """
     from pydantic import ValidationError
 
-    from bilect.settings import explain_wrong
+    from bilect.config.base import explain_wrong
 
     method = get(name)
     try:

@@ -21,8 +21,8 @@ from bilect.errors import BilectError
 from bilect.functional.trees import Tree
 from bilect.models.causal_lm import CausalLM
 from bilect.runtime.checkpoints import load_state
-from bilect.trainer import FusedLoss
-from bilect.training import OPTIMIZER_FILE
+from bilect.training.train import OPTIMIZER_FILE
+from bilect.training.trainer import FusedLoss
 
 __all__ = ["Adam", "document_gradient", "warm_adam"]
 

@@ -2,7 +2,7 @@
 
 from typing import Any, TypeVar
 
-from bilect.blade_config import BladeConfig
+from bilect.config.online import BladeConfig
 from bilect.methods.contract import TokenMethod
 
 __all__ = ["SelectorMethod"]

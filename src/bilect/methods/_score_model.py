@@ -9,7 +9,7 @@ from bilect.methods.contract import C, DocumentMethod
 from bilect.models.flops import forward_flops
 from bilect.models.loading import load_score_model
 from bilect.models.score_model import ScoreModel
-from bilect.scoring import score_rows
+from bilect.selection.scoring import score_rows
 
 __all__ = ["ScoreModelMethod"]
 

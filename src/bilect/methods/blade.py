@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from bilect.blade_config import BladeConfig
+from bilect.config.online import BladeConfig
 from bilect.methods._online import SelectorMethod
 
 __all__ = ["Blade", "BladeMethodConfig"]

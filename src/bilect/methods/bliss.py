@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from bilect.bilevel.cost import fit_flops
-from bilect.bilevel.offline import BilevelFit
+from bilect.bilevel.offline.fit import BilevelFit
 from bilect.config import FitConfig
 from bilect.data.loading import BatchStream, SetStream
 from bilect.errors import BilectError, DivergedError
@@ -16,9 +16,9 @@ from bilect.methods._resume import resume
 from bilect.methods._score_model import ScoreModelMethod
 from bilect.methods.contract import Figures
 from bilect.models.score_model import ScoreModel
-from bilect.progress import Task
-from bilect.run_dir import derive_seed
 from bilect.runtime.checkpoints import Stateful, save_parts
+from bilect.runtime.progress import Task
+from bilect.runtime.seeds import derive_seed
 
 __all__ = ["BilevelMethod", "Bliss", "BlissConfig"]
 

@@ -2,7 +2,7 @@
 
     d_i = lambda ( l_i(m) - l_i(w) )
 
-with w the reference and m its matched twin, see ``bilect.bilevel.twins``.
+with w the reference and m its matched twin, see ``bilect.bilevel.offline.twins``.
 """
 
 from collections.abc import Mapping

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError, reason
 from bilect.models.loading import load_causal_lm
-from bilect.progress import Task
-from bilect.run_dir import write_json
 from bilect.runtime import distributed
+from bilect.runtime.files import write_json
+from bilect.runtime.progress import Task
 
 __all__ = ["DocumentMethod", "Figures", "Inputs", "Method", "MethodConfig", "TokenMethod", "UpperSet", "saved_name"]
 

@@ -22,7 +22,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 
 from bilect.data.tokens import TokenStore
 from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
-from bilect.progress import Task
+from bilect.runtime.progress import Task
 
 __all__ = ["Dsir", "DsirConfig"]
 

@@ -24,8 +24,8 @@ from bilect.methods._influence import Adam, document_gradient, warm_adam
 from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
-from bilect.progress import Task
-from bilect.run_dir import derive_seed
+from bilect.runtime.progress import Task
+from bilect.runtime.seeds import derive_seed
 
 __all__ = ["Less", "LessCheckpoint", "LessConfig", "last_blocks"]
 

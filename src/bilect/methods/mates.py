@@ -29,10 +29,10 @@ from bilect.methods.contract import Figures, MethodConfig
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
 from bilect.models.score_model import ScoreModel
-from bilect.progress import Task
-from bilect.run_dir import derive_seed
 from bilect.runtime.checkpoints import save_parts
 from bilect.runtime.device import autocast
+from bilect.runtime.progress import Task
+from bilect.runtime.seeds import derive_seed
 
 __all__ = ["Mates", "MatesConfig", "Probe"]
 

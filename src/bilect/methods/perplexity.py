@@ -14,12 +14,12 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from bilect.data.tokens import TokenStore
-from bilect.evaluation import document_losses
 from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
 from bilect.models.flops import forward_flops
-from bilect.progress import Task
-from bilect.run_dir import derive_seed
 from bilect.runtime.device import autocast
+from bilect.runtime.progress import Task
+from bilect.runtime.seeds import derive_seed
+from bilect.training.evaluation import document_losses
 
 __all__ = ["Perplexity", "PerplexityConfig"]
 

@@ -26,7 +26,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from bilect.bilevel.objective import upper_objective
-from bilect.bilevel.twins import FirstOrderModel
+from bilect.bilevel.offline.twins import FirstOrderModel
 from bilect.data.batch import Batch, join_batches
 from bilect.data.loading import BatchStream, SetStream
 from bilect.data.tokens import TokenStore
@@ -37,10 +37,11 @@ from bilect.methods._resume import resume
 from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
-from bilect.progress import Task
-from bilect.run_dir import derive_seed, write_json
 from bilect.runtime import distributed
 from bilect.runtime.checkpoints import Stateful, save_parts
+from bilect.runtime.files import write_json
+from bilect.runtime.progress import Task
+from bilect.runtime.seeds import derive_seed
 
 __all__ = ["Tandem", "TandemConfig", "TandemFit"]
 

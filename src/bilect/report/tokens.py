@@ -1,6 +1,6 @@
 """Online token selection in pictures: figures, selected share by source, and texts with the chosen tokens marked.
 
-Everywhere `runs` is {name: content of an online.json}; `bilect.bilevel.diagnostics` describes its entries. The name,
+Everywhere `runs` is {name: content of an online.json}; `bilevel.online.diagnostics` describes its entries. The name,
 if it is an arm's, or else the run's method sets the colour. Delta_n = l_n(u) - l_n(w), in nats: the loss of a token
 under the model in training minus its loss under the reference. Figures: BLADE, arXiv 2606.18650, figures 2 to 4.
 """

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from bilect.bilevel.twins import FirstOrderModel
+from bilect.bilevel.offline.twins import FirstOrderModel
 from bilect.functional import hypergradient, linear_solve
 from bilect.functional.directional import directional_jvp, hvp_exact
 from bilect.functional.trees import Tree, add_scaled, scale

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bilect import __version__
-from bilect.run_dir import write_json, write_text
+from bilect.runtime.files import write_json, write_text
 from bilect.verify import implicit, penalty, practice, selections
 from bilect.verify.claims import Claim, Reported
 from bilect.verify.exact import solve

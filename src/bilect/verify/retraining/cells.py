@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from bilect.errors import BilectError
-from bilect.progress import Task
-from bilect.run_dir import write_json
+from bilect.runtime.files import write_json
+from bilect.runtime.progress import Task
 from bilect.runtime.workers import end_with_parent
 
 __all__ = ["Cell", "fill"]

@@ -13,8 +13,8 @@ from bilect import methods
 from bilect.config import Config
 from bilect.errors import DivergedError
 from bilect.methods.contract import Inputs
-from bilect.run_dir import derive_seed
-from bilect.stages.context import target_folder
+from bilect.pipeline.context import target_folder
+from bilect.runtime.seeds import derive_seed
 from bilect.verify.retraining.subsets import Study
 
 __all__ = ["VARIANTS", "Variant", "own_variant", "random_scores", "scored", "settings_of"]

@@ -10,14 +10,17 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from bilect import __version__, pipeline
+from bilect import __version__
 from bilect.config import Config
 from bilect.errors import BilectError
-from bilect.progress import Progress, RichProgress, SilentProgress
-from bilect.run_dir import derive_seed, locked, write_json, write_text
+from bilect.pipeline import stages as pipeline
+from bilect.pipeline.context import RunContext
 from bilect.runtime.device import pick_device
+from bilect.runtime.files import write_json, write_text
+from bilect.runtime.locks import locked
+from bilect.runtime.progress import Progress, RichProgress, SilentProgress
+from bilect.runtime.seeds import derive_seed
 from bilect.runtime.workers import cores
-from bilect.stages.context import RunContext
 from bilect.verify.retraining import correlation
 from bilect.verify.retraining.cells import Cell, fill
 from bilect.verify.retraining.correlation import Draws, Estimate

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from bilect import evaluation
 from bilect.config import Config
 from bilect.errors import BilectError
-from bilect.progress import SilentProgress
-from bilect.run_dir import derive_seed, read_manifest, stage_key
-from bilect.stages.context import RunContext, target_folder
-from bilect.training import NotANumberError, train
+from bilect.pipeline.context import RunContext, target_folder
+from bilect.pipeline.directory import read_manifest, stage_key
+from bilect.runtime.progress import SilentProgress
+from bilect.runtime.seeds import derive_seed
+from bilect.training import evaluation
+from bilect.training.train import NotANumberError, train
 
 __all__ = ["Study", "retrained", "warm"]
 

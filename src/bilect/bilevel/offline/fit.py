@@ -1,0 +1,283 @@
+"""BLISS: fit a score model so that training on what it weighs up lowers the upper loss. One call is one bilevel step.
+
+    lower:  theta_p <- AdamW on g = sum_i P_i l_i + kl_coef KL + l2_coef ||theta_p||^2,   P = softmax of the scores
+    upper:  theta_s <- AdamW on dPhi/dtheta_s = - sum_i P_i (d_i - dbar) ds_i/dtheta_s
+
+d comes from the implicit or the penalty hypergradient, see ``bilect.functional.hypergradient``. BLISS, arXiv
+2510.06048, algorithm 1. Across ranks only the scores and the d's are gathered, next to the usual gradient sums.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+from bilect.bilevel.cost import measures_norm
+from bilect.bilevel.objective import (
+    Objective,
+    TargetOnBatch,
+    directional,
+    document_losses,
+    lower_objective,
+    target_on_batch,
+    upper_objective,
+)
+from bilect.bilevel.offline.twins import Twins
+from bilect.config import FitConfig
+from bilect.data.batch import Batch
+from bilect.functional import linear_solve
+from bilect.functional.hypergradient import penalty_values, score_gradient
+from bilect.functional.linear_solve import Solution, relative_residual
+from bilect.functional.trees import Tree
+from bilect.functional.weights import document_weights, effective_sample_size, weight_entropy
+from bilect.models.causal_lm import CausalLM
+from bilect.models.score_model import ScoreModel
+from bilect.runtime import distributed
+from bilect.runtime.device import autocast
+
+__all__ = ["BilevelFit"]
+
+
+class BilevelFit:
+    """The state of one fit: proxy, score model, their optimisers and schedules, and the twins.
+
+    Args:
+        proxy: lower variable; trained in place.
+        score_model: upper variable; trained in place.
+        target: the frozen target model, or None without divergence; with ``config.bf16`` it is cast in place.
+        lower: endless lower batches (this rank's part of each).
+        upper: endless upper batches (this rank's part of each).
+        config: every choice.
+        upper_sets: name and weight of each upper set, where the upper batches hold several (``Batch.set_B``).
+    """
+
+    def __init__(
+        self,
+        proxy: PreTrainedModel,
+        score_model: ScoreModel,
+        target: PreTrainedModel | None,
+        lower: Iterator[Batch],
+        upper: Iterator[Batch],
+        config: FitConfig,
+        upper_sets: Mapping[str, float] | None = None,
+    ) -> None:
+        self.config = config
+        self.proxy = CausalLM(proxy)
+        self.score_model = score_model.eval()  # no dropout: a score is a function of the document
+        self.target = None
+        if target is not None and config.kl_coef > 0:
+            # frozen, so cast once instead of at every pass
+            self.target = CausalLM(target.to(torch.bfloat16) if config.bf16 else target)
+        self.lower, self.upper = lower, upper
+        self.upper_sets = dict(upper_sets or {"": 1.0})
+        self.params = self.proxy.params()
+        decay = config.weight_decay
+        self.proxy_optimizer = torch.optim.AdamW(
+            list(self.params.values()), lr=config.proxy_learning_rate, weight_decay=decay
+        )
+        self.score_optimizer = torch.optim.AdamW(
+            score_model.parameters(), lr=config.score_learning_rate, weight_decay=decay
+        )
+        self.schedules = [
+            get_cosine_schedule_with_warmup(optimizer, int(config.warmup_ratio * config.steps), config.steps)
+            for optimizer in (self.proxy_optimizer, self.score_optimizer)
+        ]
+        self.twins: Twins | None = None
+        self.hessian_norm: float | None = None  # where the solver's settings follow from it
+        self.steps_done = 0
+
+    def step(self) -> dict[str, Any]:
+        """One bilevel step; returns its figures (the same on every rank)."""
+        config = self.config
+        batch = next(self.lower)
+        score_B = self._scores(batch)
+        score_M, own = distributed.gather_rows(score_B)
+        weight_M = document_weights(score_M, config.weighting)
+        lower = self._lower(batch, weight_M[own])
+
+        for _ in range(config.inner_steps):
+            lower_loss, kl = self._inner_step(lower)
+        figures: dict[str, Any] = {"lower_loss": lower_loss, "kl": kl if lower.target is not None else None}
+
+        if config.hypergradient == "implicit":
+            d_B, more = self._implicit(lower, batch)
+        else:
+            d_B, more = self._penalty(batch)
+        d_M, _ = distributed.gather_rows(d_B.to(score_M.dtype))
+        gradient_M, _ = score_gradient(score_M, d_M, config.weighting, config.standardise)
+        self._score_step(score_B, gradient_M[own])
+
+        self.steps_done += 1
+        return {
+            "step": self.steps_done,
+            **figures,
+            **more,
+            "weight_entropy": float(weight_entropy(weight_M)),
+            "effective_sample_size": float(effective_sample_size(weight_M)),
+            "score_mean": float(score_M.mean()),
+            "score_std": float(score_M.std(correction=0)),
+            "score_min": float(score_M.min()),
+            "score_max": float(score_M.max()),
+            "d_std": float(d_M.std(correction=0)),
+            "learning_rate": self.schedules[1].get_last_lr()[0],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a step changes, but for the positions of the batch streams; the same on every rank."""
+        return {
+            "proxy": self.proxy.model.state_dict(),
+            "score_model": self.score_model.state_dict(),
+            "optimizers": [x.state_dict() for x in (self.proxy_optimizer, self.score_optimizer)],
+            "schedules": [x.state_dict() for x in self.schedules],
+            "twins": None if self.twins is None else vars(self.twins),
+            "hessian_norm": self.hessian_norm,
+            "steps_done": self.steps_done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state: the next step is exactly what it would have been."""
+        self.proxy.model.load_state_dict(state["proxy"])
+        self.score_model.load_state_dict(state["score_model"])
+        for optimizer, own in zip((self.proxy_optimizer, self.score_optimizer), state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+        for schedule, own in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(own)
+        self.twins = None if state["twins"] is None else Twins(**state["twins"])
+        self.hessian_norm = state["hessian_norm"]
+        self.steps_done = state["steps_done"]
+
+    def _scores(self, batch: Batch) -> Tensor:
+        with autocast(batch.input_ids_BT.device, self.config.bf16):
+            return self.score_model(batch.input_ids_BT, batch.mask_BT).scores
+
+    def _lower(self, batch: Batch, weight_B: Tensor) -> Objective:
+        config = self.config
+        return lower_objective(
+            self.proxy,
+            batch,
+            weight_B,
+            target=self._target_on(batch),
+            kl_coef=config.kl_coef,
+            l2_coef=config.l2_coef,
+            direction=config.kl_direction,
+        )
+
+    def _target_on(self, batch: Batch) -> TargetOnBatch | None:
+        """The target's single pass over a batch, in micro-batches: it is the largest model here."""
+        if self.target is None:
+            return None
+        size = self.config.target_micro_batch
+        parts = [
+            target_on_batch(self.target, batch.rows(slice(i, i + size)), self.config.bf16)
+            for i in range(0, batch.n_documents, size)
+        ]
+        target = TargetOnBatch(torch.cat([p.hidden_NE for p in parts]), parts[0].head)
+        if not self._many_gradients:
+            return target
+        return target.hold(torch.promote_types(self.proxy.model.dtype, torch.float32))
+
+    @property
+    def _many_gradients(self) -> bool:
+        """Whether a lower batch sees more gradients than the inner step's: Hessian products by differences."""
+        config = self.config
+        solves = config.hypergradient == "implicit" and config.solver in ("neumann", "cg", "sgd")
+        forward = config.kl_direction == "target_to_proxy"
+        return forward and ((solves and config.hvp != "exact") or config.inner_steps > 2)
+
+    def _inner_step(self, lower: Objective) -> tuple[float, float]:
+        gradient, loss, kl, _ = lower.gradient(self.params, self.config.bf16)
+        for k, p in self.params.items():
+            p.grad = gradient[k]
+        torch.nn.utils.clip_grad_norm_(self.params.values(), self.config.grad_clip)
+        self.proxy_optimizer.step()
+        self.proxy_optimizer.zero_grad(set_to_none=True)
+        return loss, kl
+
+    def _implicit(self, lower: Objective, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        """``d_i = < grad l_i, z >``, z from the solver at the proxy's new parameters."""
+        config = self.config
+        params: Tree = {k: v.detach() for k, v in self.params.items()}
+        upper = self._upper().gradient(params, config.bf16)
+        hvp = lower.hvp(params, config.hvp)
+        if measures_norm(config) and (self.hessian_norm is None or self.steps_done % config.log_every == 0):
+            self.hessian_norm = linear_solve.spectral_norm(hvp, upper.tree)
+        damping = config.damping
+        if damping is None:
+            damping = linear_solve.CG_DAMPING * cast(float, self.hessian_norm) if config.solver == "cg" else 0.0
+        solution = self._solve(hvp, upper.tree, damping)
+        residual = solution.residual
+        if residual is None and self.steps_done % config.log_every == 0:
+            residual = relative_residual(hvp, upper.tree, solution.z, damping)
+        d_B = directional(self.proxy, batch, params, solution.z, config.directional)
+        more = {"residual": residual, "solver_note": solution.note, "hessian_norm": self.hessian_norm}
+        return d_B, {**self._upper_losses(upper.ce, upper.ce_S), **more}
+
+    def _upper(self) -> Objective:
+        return upper_objective(self.proxy, next(self.upper), list(self.upper_sets.values()))
+
+    def _upper_losses(self, loss: float, loss_S: tuple[float, ...]) -> dict[str, Any]:
+        """f, and where there are several upper sets the mean loss of each."""
+        total = sum(self.upper_sets.values())
+        by_set = {
+            name: part * total / weight for (name, weight), part in zip(self.upper_sets.items(), loss_S, strict=False)
+        }
+        return {"upper_loss": loss, **({"upper_loss_by_set": by_set} if by_set else {})}
+
+    def _solve(self, hvp: Any, b: Tree, damping: float) -> Solution:
+        config = self.config
+        if config.solver == "identity":
+            return linear_solve.identity(b)
+        if config.solver == "adam":
+            return linear_solve.adam(b, self._second_moment(), self.proxy_optimizer.defaults["eps"])
+        if config.solver == "neumann":
+            step_size = config.solver_step_size or 1 / max(cast(float, self.hessian_norm) + damping, 1e-30)
+            return linear_solve.neumann(hvp, b, steps=config.solver_steps, step_size=step_size, damping=damping)
+        if config.solver == "cg":
+            return linear_solve.cg(hvp, b, steps=config.solver_steps, damping=damping)
+        step_size = config.solver_step_size or linear_solve.SGD_STEP_SIZE
+        return linear_solve.sgd(hvp, b, steps=config.solver_steps, step_size=step_size, damping=damping)
+
+    def _second_moment(self) -> Tree:
+        beta = self.proxy_optimizer.defaults["betas"][1]
+        state = self.proxy_optimizer.state
+        return {k: state[p]["exp_avg_sq"] / (1 - beta ** float(state[p]["step"])) for k, p in self.params.items()}
+
+    def _penalty(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        """``d_i = lambda (l_i(m) - l_i(w))`` with twins that are synchronised every ``sync_every`` steps."""
+        config = self.config
+        if self.twins is None or self.steps_done % config.sync_every == 0:
+            self.twins = Twins.train(
+                self.params,
+                self._draw,
+                steps=config.reference_steps,
+                learning_rate=config.reference_learning_rate or config.proxy_learning_rate,
+                penalty=config.penalty,
+                matched=config.baseline == "matched",
+                grad_clip=config.grad_clip,
+                bf16=config.bf16,
+            )
+        losses = document_losses(self.proxy, batch)
+        with torch.no_grad():
+            baseline = self.twins.matched if self.twins.matched is not None else self.params
+            d_B = penalty_values(losses(baseline), losses(self.twins.reference), config.penalty)
+        return d_B, {**self._upper_losses(self.twins.upper_loss, self.twins.upper_loss_S), "residual": None}
+
+    def _draw(self) -> tuple[Objective, Objective]:
+        batch = next(self.lower)
+        with torch.no_grad():
+            score_M, own = distributed.gather_rows(self._scores(batch))
+        weight_B = document_weights(score_M, self.config.weighting)[own]
+        return self._lower(batch, weight_B), self._upper()
+
+    def _score_step(self, score_B: Tensor, gradient_B: Tensor) -> None:
+        score_B.backward(gradient_B)
+        gradients = {k: p.grad for k, p in self.score_model.named_parameters() if p.grad is not None}
+        for k, gradient in distributed.sum_tree(gradients).items():
+            gradients[k].copy_(gradient)
+        torch.nn.utils.clip_grad_norm_(self.score_model.parameters(), self.config.grad_clip)
+        self.score_optimizer.step()
+        self.score_optimizer.zero_grad(set_to_none=True)
+        for schedule in self.schedules:
+            schedule.step()

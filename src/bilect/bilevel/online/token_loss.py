@@ -1,0 +1,289 @@
+"""Token losses of any causal LM, computed inside its own forward call.
+
+The output head is replaced, for the length of one call, by a function that takes the last hidden states and gives
+losses. So whatever is wrapped around the model - DDP, FSDP2, ``torch.compile``, PEFT - sees an ordinary forward pass
+that returns a loss, and logits never exist for more than a chunk of tokens.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bilect.bilevel.online.kernel import Kernel, agreeing_kernel, applies
+from bilect.data.batch import IGNORE
+from bilect.errors import BilectError
+from bilect.functional.losses import Head, token_losses, weighted_token_loss
+from bilect.runtime import distributed
+
+__all__ = ["TokenBatch", "TokenForward", "evaluating", "unwrap"]
+
+NOT_FOR_THE_MODEL = ("labels", "source", "num_items_in_batch")
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A batch in the convention of transformers, with its N learned tokens listed once.
+
+    Attributes:
+        inputs: what the model is called with.
+        at_N: flat position (row * T + column) that predicts each learned token.
+        labels_N: the learned tokens: label not -100, attention mask, where there is one, not 0.
+        shape: (B, T).
+        source_B: label of each sequence's source, or None.
+    """
+
+    inputs: dict[str, Any]
+    at_N: Tensor
+    labels_N: Tensor
+    shape: tuple[int, int]
+    source_B: tuple[str, ...] | None = None
+
+    @staticmethod
+    def of(batch: Mapping[str, Any]) -> "TokenBatch":
+        """Read a batch with ``input_ids`` and ``labels``, which are shifted here as transformers does.
+
+        Raises:
+            BilectError: one of them is missing, or they differ in shape.
+        """
+        if "labels" not in batch or "input_ids" not in batch:
+            raise BilectError(f"a batch needs input_ids and labels, this one has: {', '.join(sorted(batch))}")
+        labels_BT = batch["labels"]
+        if labels_BT.shape != batch["input_ids"].shape or labels_BT.ndim != 2:
+            raise BilectError(f"input_ids {tuple(batch['input_ids'].shape)} and labels {tuple(labels_BT.shape)} differ")
+        n_rows, width = labels_BT.shape
+        learned_BT = labels_BT[:, 1:] != IGNORE
+        attention_mask = batch.get("attention_mask")
+        if attention_mask is not None and attention_mask.shape == labels_BT.shape:
+            learned_BT = learned_BT & (attention_mask[:, 1:] != 0)
+        row_N, column_N = torch.nonzero(learned_BT, as_tuple=True)
+        source = batch.get("source")
+        return TokenBatch(
+            {k: v for k, v in batch.items() if k not in NOT_FOR_THE_MODEL},
+            row_N * width + column_N,
+            labels_BT[:, 1:][row_N, column_N],
+            (n_rows, width),
+            None if source is None else tuple(str(s.item() if isinstance(s, Tensor) else s) for s in source),
+        )
+
+    @property
+    def n(self) -> int:
+        """N."""
+        return int(self.labels_N.shape[0])
+
+    @property
+    def row_N(self) -> Tensor:
+        """The sequence of each learned token."""
+        return self.at_N // self.shape[1]
+
+    def grid(self, value_N: Tensor, fill: float | bool) -> Tensor:
+        """Values (B, T) at the places of the learned tokens themselves, one to the right of what predicts them."""
+        grid = torch.full((self.shape[0] * self.shape[1],), fill, dtype=value_N.dtype, device=value_N.device)
+        grid[self.at_N + 1] = value_N
+        return grid.view(self.shape)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TokenBatch":
+        """The same with every tensor changed, for instance cloned or moved."""
+        inputs = {k: change(v) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        return TokenBatch(inputs, change(self.at_N), change(self.labels_N), self.shape, self.source_B)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its parts, in plain types."""
+        return dict(vars(self))
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> "TokenBatch":
+        """From ``state_dict``."""
+        return TokenBatch(**state)
+
+
+def unwrap(model: Any) -> Any:
+    """The causal LM inside ``torch.compile``, DDP and PEFT, in any order; FSDP2 wraps nothing."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+class TokenForward:
+    """One causal LM, called for token losses.
+
+    Args:
+        model: the causal LM, wrapped or not.
+
+    Attributes:
+        base: what is inside the wrappers.
+
+    Raises:
+        BilectError: it has no trunk or head of the usual form.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        base = unwrap(model)
+        self.base = base
+        name = type(base).__name__
+        head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        trunk = getattr(base, getattr(base, "base_model_prefix", "") or "", None)
+        if trunk is None or not isinstance(head, nn.Linear):
+            raise BilectError(f"{name} is not a causal LM with a trunk and a linear output head")
+        self.trunk: nn.Module = trunk
+        self.head: nn.Linear = head
+        config = base.config.get_text_config()
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0)
+        self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        self._work: Callable[[Tensor, Head], Tensor] | None = None
+        self._kernel: Kernel | None = None
+        self._kernel_known = False
+        self._check(name)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the output head."""
+        return int(self.head.weight.shape[0])
+
+    @torch.no_grad()
+    def losses(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """Cross-entropy of every learned token (N,), without gradient."""
+        loss_N = self._run(model, batch, lambda hidden, head: self._all_losses(hidden, head, batch))
+        distributed.reshard(self.base)
+        torch.clear_autocast_cache()  # it now holds copies of the weights that no gradient would reach
+        return loss_N
+
+    def loss(self, model: nn.Module, batch: TokenBatch, weight: Tensor | Callable[[Tensor], Tensor]) -> Tensor:
+        """``sum_n a_n l_n``, a scalar whose backward pass goes through the head for the tokens with a_n != 0 only.
+
+        Args:
+            model: what to call: ``base``, or a wrapper of it.
+            batch: tokens.
+            weight: a (N,), or a function that gives it from the losses (N,) of this same forward pass; both constant.
+        """
+
+        def work(hidden_PD: Tensor, head: Head) -> Tensor:
+            if callable(weight):
+                with torch.no_grad():
+                    weight_N = weight(self._all_losses(hidden_PD, head, batch))
+            else:
+                weight_N = weight
+            kept = torch.nonzero(weight_N)[:, 0]
+            hidden_KD, labels_K = hidden_PD.index_select(0, batch.at_N[kept]), batch.labels_N[kept]
+            if (kernel := self._gpu_kernel(hidden_KD, head, labels_K)) is not None:
+                return torch.dot(weight_N[kept].float(), kernel(hidden_KD, head, labels_K))
+            return weighted_token_loss(hidden_KD, head, labels_K, weight_N[kept])[0]
+
+        return self._run(model, batch, work)
+
+    def _all_losses(self, hidden_PD: Tensor, head: Head, batch: TokenBatch) -> Tensor:
+        hidden_ND = hidden_PD.index_select(0, batch.at_N)
+        if (kernel := self._gpu_kernel(hidden_ND, head, batch.labels_N)) is not None:
+            return kernel(hidden_ND, head, batch.labels_N)
+        return token_losses(hidden_ND, head, batch.labels_N).ce_N
+
+    def _gpu_kernel(self, hidden_ND: Tensor, head: Head, labels_N: Tensor) -> Kernel | None:
+        if not applies(hidden_ND, head):
+            return None
+        if not self._kernel_known:
+            self._kernel, self._kernel_known = agreeing_kernel(hidden_ND, head, labels_N), True
+        return self._kernel
+
+    def _run(self, model: nn.Module, batch: TokenBatch, work: Callable[[Tensor, Head], Tensor]) -> Tensor:
+        self._work = work
+        try:
+            with _instead(self.base, self._forward), _instead(self.head, self._forward_head):
+                result: Tensor = model(**batch.inputs)["loss"]
+                return result
+        finally:
+            self._work = None
+
+    def _forward(self, **inputs: Any) -> Any:
+        given = {k: v for k, v in inputs.items() if v is not None}
+        return self.head(self.trunk(**given, use_cache=False).last_hidden_state)
+
+    @torch.compiler.disable
+    def _forward_head(self, hidden_BTD: Tensor) -> dict[str, Tensor]:
+        assert self._work is not None
+        weight_VD, bias_V = self.head.weight, self.head.bias
+        head = Head(weight_VD, bias_V, self._scale, self._softcap)
+        return {"loss": self._work(hidden_BTD.flatten(0, 1), head)}
+
+    @torch.no_grad()
+    def _check(self, name: str) -> None:
+        """One short ordinary forward pass: hidden states must reach the head, and logits leave it, as assumed here.
+
+        The logits are made large, because caps and clamps do not show on small ones.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def at_trunk(module: nn.Module, args: Any, output: Any) -> None:
+            seen["hidden"] = output.last_hidden_state
+
+        def before_head(module: nn.Module, args: Any) -> None:  # where FSDP2 has gathered the weights
+            seen["head input"] = args[0]
+            seen["product"] = nn.functional.linear(args[0], self.head.weight, self.head.bias)
+
+        def at_head(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            seen["head output"] = output
+            seen["raw"] = output * (50 / output.float().std().clamp(min=1e-6))
+            return seen["raw"]
+
+        device = next(self.base.parameters()).device
+        ids_BT = torch.arange(1, 5, device=device)[None] % self.vocabulary
+        hooks = [
+            self.trunk.register_forward_hook(at_trunk),
+            self.head.register_forward_pre_hook(before_head),
+            self.head.register_forward_hook(at_head),
+        ]
+        try:
+            with evaluating(self.base):
+                logits = getattr(self.base(input_ids=ids_BT, use_cache=False), "logits", None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            distributed.reshard(self.base)
+        if logits is None or len(seen) < 5:
+            raise BilectError(f"{name} gives no logits, or not by its output head; bilect cannot tell its token losses")
+        ours = Head(self.head.weight, None, self._scale, self._softcap).transform(seen["raw"])
+        pairs = ((seen["head input"], seen["hidden"]), (seen["head output"], seen["product"]), (ours, logits))
+        if not all(_close(a, b) for a, b in pairs):
+            raise BilectError(f"{name} transforms its logits in a way bilect does not know; use another model")
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not bool(b.isfinite().all()):
+        return True  # a broken checkpoint is not a question of form: its loss will tell
+    tolerance = 1e-3 if b.dtype in (torch.float32, torch.float64) else 2e-2
+    return float((a.float() - b.float()).abs().max()) <= tolerance * float(b.float().abs().max())
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another ``forward`` for this instance; one that was set on it before comes back."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, every module's own mode afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,306 @@
+"""Command line: parse, call one function, set the exit code."""
+
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bilect import __version__
+from bilect.errors import BilectError, explain
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Choose training data for language models by bilevel optimisation.",
+    epilog="Start with `bilect demo`, or `bilect init`, then `bilect run`. Completion: `bilect --install-completion`.",
+)
+
+
+class _Size(StrEnum):
+    tiny = "tiny"
+    paper = "paper"
+
+
+class _Method(StrEnum):
+    blade = "blade"
+    rho1 = "rho1"
+    random_token = "random-token"
+    full = "full"
+
+
+class _Format(StrEnum):
+    parquet = "parquet"
+    jsonl = "jsonl.zst"
+
+
+Source = Annotated[Path, typer.Argument(help="Config (YAML, see `bilect init`), or a run directory.", metavar="CONFIG")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Run directory; an unfinished run there goes on. Default: CONFIG, if it is one."),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Setting as key.path=value; repeatable.", metavar="KEY=VALUE")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only show the plan: tokens, operations, time. Writes nothing.")
+]
+Round = Annotated[
+    int | None, typer.Option("--round", help="Of which round; default: the first that is not trained yet.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bilect {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Run directory; an unfinished run there goes on.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Another seed, another run.")] = 0,
+) -> None:
+    """BLISS on real text, in minutes, on a CPU: selected against random data at equal tokens."""
+    from bilect.cli.screens import show_demo
+
+    show_demo(out, seed)
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="New config file.")] = Path("bilect.yaml"),
+    pool: Annotated[list[str] | None, typer.Option(help="File, folder, glob or URL of the pool; repeatable.")] = None,
+    upper: Annotated[list[str] | None, typer.Option(help="Target set: what good means; repeatable.")] = None,
+    heldout: Annotated[list[str] | None, typer.Option(help="Held-out set, for reporting; repeatable.")] = None,
+    size: Annotated[_Size, typer.Option(help="tiny: minutes on a CPU; paper: 31M proxy, 410M target.")] = _Size.tiny,
+) -> None:
+    """Write a commented config to start from."""
+    from bilect.config.template import starting_values, write_template
+
+    values = starting_values(
+        pool or ["data/pool/"], upper or ["data/upper.jsonl"], heldout or ["data/heldout.jsonl"], size.value
+    )
+    write_template(file, values)
+    typer.echo(f"{file}: edit it, then `bilect run {file} --out runs/{file.stem} --dry-run`")
+
+
+@app.command()
+def run(config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Carry out a run, or what is left of it."""
+    _carry_out("run", config, out, overrides, None, dry_run)
+
+
+@app.command()
+def warmup(config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Tokenise, and train proxy and target on random documents."""
+    _carry_out("warmup", config, out, overrides, None, dry_run)
+
+
+@app.command()
+def fit(
+    config: Source, out: Out = None, number: Round = None, overrides: Overrides = None, dry_run: DryRun = False
+) -> None:
+    """Fit the score model of a round (and what it needs)."""
+    _carry_out("fit", config, out, overrides, number, dry_run)
+
+
+@app.command()
+def score(
+    config: Source,
+    out: Out = None,
+    number: Round = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Score these files instead, with the score model of the run CONFIG; results go to --out."),
+    ] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(help="With --data: NAME=FIELD, such as text=content; repeatable.")
+    ] = None,
+) -> None:
+    """Score the shard of a round, or other files with the score model of a finished run."""
+    if data:
+        from bilect.cli.screens import score_with_progress
+
+        score_with_progress(config, data, _needed(out, "score --data"), field or [])
+    else:
+        _carry_out("score", config, out, overrides, number, dry_run)
+
+
+@app.command()
+def select(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Run directory or folder of score files; or a config: then --out is its run directory."),
+    ],
+    keep: Annotated[float | None, typer.Option(help="Share of the tokens to keep.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens to keep: 25M, 1.5B, 300k or a number.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Documents to keep.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of Gumbel noise on the scores; 0: the plain top.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    min_share: Annotated[list[str] | None, typer.Option(help="SOURCE=SHARE, at least; repeatable.")] = None,
+    max_share: Annotated[list[str] | None, typer.Option(help="SOURCE=SHARE, at most; '*' for all others.")] = None,
+    max_per_cluster: Annotated[
+        int | None, typer.Option(help="Documents to keep of each cluster of near-duplicates.")
+    ] = None,
+    file_format: Annotated[_Format | None, typer.Option("--format", help="Of the kept documents.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write; default: RUN/selections/NAME.")] = None,
+    number: Annotated[int | None, typer.Option("--round", help="Scores of which round; default: the last.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Keep another share, budget or mix from scores that are there: no new scoring."""
+    from bilect.cli.screens import select_with_progress
+    from bilect.pipeline.reuse import selection_settings
+
+    settings = selection_settings(
+        keep_ratio=keep,
+        budget_tokens=tokens,
+        top_k=top_k,
+        temperature=temperature,
+        min_share=min_share,
+        max_share=max_share,
+        max_per_cluster=max_per_cluster,
+        format=None if file_format is None else file_format.value,
+    )
+    if source.is_dir():
+        select_with_progress(source, out, settings, number, seed)
+    else:
+        pairs = [f"selection={settings}"] if settings else []
+        _carry_out("select", source, out, [*pairs, *(overrides or [])], number, False)
+
+
+@app.command()
+def train(
+    config: Source,
+    out: Out = None,
+    number: Round = None,
+    method: Annotated[
+        list[_Method] | None,
+        typer.Option(help="Train on the full pool instead, with tokens chosen so, and evaluate; repeatable."),
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train the target, and its controls, on the documents of a round; or compare ways to choose tokens (--method)."""
+    _carry_out("train", config, out, overrides, number, dry_run, [m.value for m in method or []])
+
+
+@app.command("eval")
+def evaluate(
+    config: Source, out: Out = None, number: Round = None, overrides: Overrides = None, dry_run: DryRun = False
+) -> None:
+    """Held-out losses of the targets of a round."""
+    _carry_out("eval", config, out, overrides, number, dry_run)
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="Config (YAML) of a run; its controls are what is compared.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder; an unfinished comparison there goes on.")],
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Every method over several seeds at equal tokens: gains with their intervals, costs, learning curves, overlap."""
+    from bilect.cli.screens import compare_with_progress, plan_comparison
+
+    (plan_comparison if dry_run else compare_with_progress)(config, out, overrides or [])
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Option("--out", file_okay=False, help="Folder of the results.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The short form.")] = False,
+    retrain: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="Instead: do scores predict what retraining on this config's pool does?"),
+    ] = None,
+    subsets: Annotated[int | None, typer.Option(help="With --retrain: halves to train on; default 64.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="With --retrain: documents; default 256.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="With --retrain: fits of every method; default 1.")] = None,
+    workers: Annotated[int | None, typer.Option(help="With --retrain: processes; default: one per core.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Every estimator against the exact answer, on problems small enough to have one; exit code 1 if a claim fails."""
+    sizes = {"subsets": subsets, "candidates": candidates, "seeds": seeds, "workers": workers}
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    if retrain is None:
+        if given or overrides:
+            raise BilectError(f"verify: --{next(iter(given), 'set')} belongs to --retrain CONFIG, which is missing")
+        from bilect.verify import run_verify
+
+        raise typer.Exit(run_verify(out, quick))
+    if quick:
+        raise BilectError("verify: --quick and --retrain are two studies; give one of them")
+    from bilect.config import load_config
+    from bilect.verify.retraining import run_retraining
+
+    run_retraining(load_config(retrain, overrides or []), out, **given)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
+    """Write report.html of a run again."""
+    from bilect.report import write_report
+
+    if not (run_dir / "run.json").is_file():
+        raise BilectError(f"report: {run_dir} is not a run directory (no run.json)")
+    typer.echo(str(write_report(run_dir)))
+
+
+def _carry_out(
+    command: str,
+    source: Path,
+    out: Path | None,
+    overrides: list[str] | None,
+    number: int | None,
+    dry_run: bool,
+    arms: Sequence[str] = (),
+) -> None:
+    from bilect.cli.screens import plan_on_screen, run_with_progress
+
+    if source.is_dir():
+        if not (source / "config.yaml").is_file():
+            raise BilectError(f"{command}: {source} is not a run directory (no config.yaml)")
+        source, out = source / "config.yaml", out or source
+    folder = _needed(out, command)
+    if dry_run:
+        plan_on_screen(source, folder, overrides or [], arms)
+    else:
+        run_with_progress(source, folder, overrides or [], command=command, number=number, arms=arms)
+
+
+def _needed(out: Path | None, command: str) -> Path:
+    if out is None:
+        raise BilectError(f"{command}: --out DIR is missing (where the run is written)")
+    return out
+
+
+def main() -> None:
+    """Entry point: what the user can put right is one line on stderr and exit code 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("bilect: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"bilect: {message}", file=sys.stderr)
+        sys.exit(2)

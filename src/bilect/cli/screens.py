@@ -1,0 +1,294 @@
+"""Runs, plans and selections as a person sees them: live progress, then a table."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bilect.config import Config, load_config
+from bilect.errors import BilectError
+from bilect.runtime.progress import RichProgress
+
+__all__ = [
+    "compare_with_progress",
+    "plan_comparison",
+    "plan_on_screen",
+    "run_with_progress",
+    "score_with_progress",
+    "select_with_progress",
+    "show_demo",
+    "show_run",
+]
+
+
+def run_with_progress(
+    config_file: Path,
+    out: Path,
+    overrides: Sequence[str],
+    *,
+    command: str = "run",
+    number: int | None = None,
+    arms: Sequence[Any] = (),
+) -> None:
+    """``bilect run`` and its parts: read the config, then ``show_run``."""
+    show_run(load_config(config_file, overrides), out, command=command, number=number, arms=arms)
+
+
+def show_run(
+    config: Config, out: Path, *, command: Any = "run", number: int | None = None, arms: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Carry out a run, or one part of it, with live progress, and print its table."""
+    with RichProgress() as progress:
+        from transformers.utils import logging
+
+        from bilect.pipeline.stages import run
+        from bilect.runtime import distributed
+
+        logging.disable_progress_bar()  # ours says more
+        summary = run(config, out, progress, command=command, number=number, arms=arms)
+        if not distributed.is_main():
+            return summary
+        if command != "run":
+            progress.console.print(_stage_table(summary))
+            if arms:
+                progress.console.print(_method_table(summary, arms))
+            progress.note(f"Results: {out}")
+            return summary
+        for part, reasons in summary.get("skipped", {}).items():
+            listed = ", ".join(f"{n} ({reason})" for reason, n in reasons.items())
+            if listed:
+                progress.note(
+                    f"tokenise {part}: left out {listed}; listed in {out / 'tokens' / f'skipped-{part}.jsonl'}"
+                )
+        progress.console.print(_table(summary))
+        if "tasks" in summary:
+            progress.console.print(_tasks_table(summary["tasks"]))
+        progress.note(summary["verdict"])
+        progress.note(f"Report: {out / 'report.html'}   Numbers: {out / 'summary.json'}")
+    return summary
+
+
+def show_demo(out: Path, seed: int = 0) -> None:
+    """``bilect demo``: build the corpus, carry out the run, show the table.
+
+    Raises:
+        BilectError: the data packages are missing.
+    """
+    from bilect.demo.corpus import build_demo_corpus
+    from bilect.demo.settings import demo_config
+
+    build_demo_corpus(out / "data")
+    show_run(demo_config((out / "data").resolve(), seed), out)
+
+
+def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str], arms: Sequence[Any] = ()) -> None:
+    """``--dry-run``: the stages, what is done, and what the rest costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bilect.pipeline.plan import plan_run
+
+    lines = plan_run(load_config(config_file, overrides), out, arms)
+    table = Table(title=f"Plan of {out}: nothing is written")
+    for name in ("stage", "state", "tokens", "TFLOPs", "about"):
+        table.add_column(name, justify="left" if name in ("stage", "state") else "right")
+    for line in lines:
+        state = "done" if line.done else "to do"
+        table.add_row(line.name, state, f"{line.tokens:,}", f"{line.flops / 1e12:,.2f}", _duration(line.seconds))
+    left = [line for line in lines if not line.done]
+    table.add_section()
+    sums = [sum(getattr(line, name) for line in left) for name in ("tokens", "flops", "seconds")]
+    table.add_row("left in all", "", f"{sums[0]:,}", f"{sums[1] / 1e12:,.2f}", _duration(sums[2]))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print("Tokens are estimated from samples of the files; times from a short probe of this machine.")
+
+
+def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str]) -> None:
+    """``bilect compare``: a line per finished stage, then a table and the verdict of each variant."""
+    from rich.console import Console
+
+    from bilect.compare import compare
+
+    console = Console(highlight=False, soft_wrap=True)
+    comparison = compare(load_config(config_file, overrides), out, lambda line: console.print(line, style="dim"))
+    for name, variant in comparison["variants"].items():
+        console.print(_comparison_table(name, variant))
+        console.print(" ".join(variant["verdict"]))
+    console.print(f"Page: {out / 'comparison.html'}   Numbers: {out / 'comparison.json'}, {out / 'comparison.csv'}")
+
+
+def plan_comparison(config_file: Path, out: Path, overrides: Sequence[str]) -> None:
+    """``bilect compare --dry-run``: what is left of each variant, and what it costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bilect.compare.plan import plan_cells
+
+    config = load_config(config_file, overrides)
+    table = Table(title=f"Plan of {out}: nothing is written")
+    for name in ("variant", "runs", "stages left", "TFLOPs", "about"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    lines = plan_cells(config, out)
+    for line in lines:
+        table.add_row(line.variant, str(line.runs), str(line.stages), f"{line.flops / 1e12:,.2f}",
+                      _duration(line.seconds))  # fmt: skip
+    table.add_section()
+    table.add_row("in all", str(sum(n.runs for n in lines)), str(sum(n.stages for n in lines)),
+                  f"{sum(n.flops for n in lines) / 1e12:,.2f}", _duration(sum(n.seconds for n in lines)))  # fmt: skip
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print("Times are of one run after the other, without those of choosing by other methods.")
+
+
+def score_with_progress(run_dir: Path, data: Sequence[str], out: Path, fields: Sequence[str]) -> None:
+    """``bilect score RUN --data FILES``: scores of other files by a run's score model."""
+    with RichProgress() as progress:
+        from transformers.utils import logging
+
+        from bilect.pipeline.reuse import score_files
+
+        logging.disable_progress_bar()
+        names = dict(_pair(text) for text in fields) if fields else None
+        figures = score_files(run_dir, data, out, progress=progress, fields=names)
+        counts = f"{figures['documents']:,} documents, {figures['tokens']:,} tokens"
+        progress.note(f"{counts}: {out / 'scores'}; `bilect select {out} --keep 0.2` keeps the best")
+
+
+def select_with_progress(
+    source: Path, out: Path | None, settings: Mapping[str, Any], number: int | None, seed: int
+) -> None:
+    """``bilect select RUN``: another selection from scores that are there."""
+    from rich.table import Table
+
+    from bilect.pipeline.reuse import select_again
+
+    with RichProgress() as progress:
+        chosen, folder = select_again(source, out, settings, progress, number=number, seed=seed)
+    table = Table(title=f"{chosen.documents:,} of {chosen.pool_documents:,} documents, "
+                        f"{chosen.tokens:,} of {chosen.pool_tokens:,} tokens kept")  # fmt: skip
+    for name in ("source", "share of the pool", "share of what is kept", "documents kept"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for name, share in sorted(chosen.pool_share.items(), key=lambda item: -chosen.kept_share[item[0]]):
+        row = (share, chosen.kept_share[name], chosen.kept_fraction[name])
+        table.add_row(name, *(f"{100 * value:.1f}%" for value in row))
+    progress.console.print(table)
+    if chosen.near_duplicates:
+        progress.note(f"{chosen.near_duplicates:,} documents are near-duplicates of better ones")
+    if chosen.note:
+        progress.note(chosen.note)
+    progress.note(f"Kept: {folder / 'kept.*'}   Dropped, with rank and reason: {folder / 'dropped.parquet'}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, field = text.partition("=")
+    if not (name and sign and field):
+        raise BilectError(f"--field {text}: expected NAME=FIELD, for instance text=content")
+    return name, field
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _stage_table(records: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table()
+    for name in ("stage", "tokens", "seconds", "TFLOPs"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for name, record in records.items():
+        table.add_row(
+            name, f"{record.get('tokens', 0):,}", f"{record['seconds']:.1f}", f"{record.get('flops', 0) / 1e12:.2f}"
+        )
+    return table
+
+
+def _comparison_table(name: str, variant: Mapping[str, Any]) -> Any:
+    """The arms of a variant, the lowest loss first."""
+    from rich.table import Table
+
+    from bilect.compare.verdict import cost_ratio
+
+    arms, loss_on = variant["arms"], variant["loss_on"]
+    table = Table(title=f"{name}: held-out loss{f' on {loss_on}' if loss_on else ''} at equal training tokens")
+    for column in ("arm", "loss (se)", "minus random", "minus full", "cost", "speed-up"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+
+    def difference(value: Mapping[str, Any]) -> str:
+        if value["mean"] is None:
+            return ""
+        return f"{value['mean']:+.3f} ± {value['high'] - value['mean']:.3f}"
+
+    for arm in sorted(arms, key=lambda a: arms[a]["loss"]["mean"]):
+        f = arms[arm]
+        fast = f["speedup"]["flops_with_choosing"]
+        table.add_row(
+            arm, f"{f['loss']['mean']:.3f} ({f['loss']['se']:.3f})", difference(f["minus_random"]),
+            difference(f["minus_full"]), "" if arm == "warm" else f"{cost_ratio(arms, arm):.2f}",
+            f"{fast['mean']:.2f}" if fast["n"] == f["loss"]["n"] else "",
+        )  # fmt: skip
+    table.caption = (
+        "±: half of the 95% interval; cost: operations of choosing and training, times random's; speed-up: in "
+        "operations, to random's final loss"
+    )
+    return table
+
+
+def _method_table(records: Mapping[str, Any], arms: Sequence[str]) -> Any:
+    """What each way to choose tokens gained, and what it cost."""
+    from rich.table import Table
+
+    table = Table(title="Held-out loss at equal training tokens")
+    for name in ("method", "loss", "training tokens", "seconds", "TFLOPs"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    table.add_row("before", f"{records['evaluate warm']['heldout_loss']:.4f}", "", "", "")
+    for arm in dict.fromkeys(arms):
+        trained, evaluated = (next(r for name, r in records.items() if name.endswith(f": {what} {arm}"))
+                              for what in ("train", "evaluate"))  # fmt: skip
+        figures = f"{trained['tokens']:,}", f"{trained['seconds']:.0f}", f"{trained['flops'] / 1e12:.2f}"
+        table.add_row(arm, f"{evaluated['heldout_loss']:.4f}", *figures)
+    return table
+
+
+def _table(summary: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Held-out loss at equal training tokens")
+    for name in ("data", "loss", "perplexity", "training tokens", "seconds", "TFLOPs"):
+        table.add_column(name, justify="left" if name == "data" else "right")
+    for arm, loss in summary["heldout_loss"].items():
+        sets = summary["heldout"][arm]
+        perplexity = f"{next(iter(sets.values()))['perplexity']:.1f}" if len(sets) == 1 else "-"
+        tokens = summary["tokens"]["warmup_target" if arm == "warm" else arm]
+        costs = [
+            summary[key]["warm up target"] if arm == "warm" else summary["cost"][key][arm]
+            for key in ("seconds", "flops")
+        ]
+        table.add_row(arm, f"{loss:.4f}", perplexity, f"{tokens:,}", f"{costs[0]:.0f}", f"{costs[1] / 1e12:.2f}")
+        if len(sets) > 1:
+            for name, figures in sets.items():
+                table.add_row(f"  {name}", f"{figures['loss']:.4f}", f"{figures['perplexity']:.1f}", "", "", "")
+    table.add_section()
+    for name in summary["cost"]["seconds"]:
+        if name == "selection" or name.startswith("choosing "):
+            label = "choosing bliss" if name == "selection" else name
+            cost = summary["cost"]["seconds"][name], summary["cost"]["flops"][name] / 1e12
+            table.add_row(label, "", "", "", f"{cost[0]:.0f}", f"{cost[1]:.2f}")
+    return table
+
+
+def _tasks_table(results: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    from bilect.report.wording import measured
+
+    table = Table(title="Downstream tasks, ± one standard error")
+    for name in ("task", "metric", "examples", *results):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for task, figures in next(iter(results.values())).items():
+        for metric in (m for m in figures if m != "n"):
+            found = [by_task[task][metric] for by_task in results.values()]
+            table.add_row(task, metric, f"{figures['n']:,}", *(measured(f["value"], f["stderr"]) for f in found))
+    return table

@@ -1,0 +1,56 @@
+"""Where the texts lie, and how they become tokens."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from bilect.config.base import Positive, PositiveFloat, Settings
+
+__all__ = ["DataConfig", "SourceConfig"]
+
+
+class SourceConfig(Settings):
+    """One part of the pool, or one target set; either ``path`` or ``dataset``."""
+
+    path: str | None = Field(
+        None, description="file, directory, glob or fsspec URL: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt"
+    )
+    dataset: str | None = Field(
+        None, description="Hub name, or folder, that datasets.load_dataset reads (needs bilect[hub])"
+    )
+    subset: str | None = Field(None, description="configuration of the dataset, where it has several")
+    split: str = Field("train", description="of the dataset")
+    source: str | None = Field(None, description="label of its documents that carry none; default: the file's stem")
+    fields: dict[Literal["text", "prompt", "response", "id", "source"], str] = Field(
+        {}, description="names of the fields where they differ, such as {prompt: question, response: answer}"
+    )
+    weight: PositiveFloat = Field(
+        1.0,
+        description="pool: how often warm-up, fit and the random control see its documents per pass; "
+        "upper data: weight of its mean loss in the upper objective",
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "SourceConfig":
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give either path or dataset")
+        return self
+
+
+class DataConfig(Settings):
+    """Text and its tokens."""
+
+    lower_data: tuple[SourceConfig, ...] = Field(min_length=1, description="the pool to choose from")
+    upper_data: tuple[SourceConfig, ...] = Field(min_length=1, description="small target set: what good means")
+    heldout_data: tuple[SourceConfig, ...] = Field(min_length=1, description="for reporting only, never for choosing")
+    context: Positive = Field(1024, description="tokens; the paper uses 1024")
+    long_documents: Literal["truncate", "chunk"] = Field(
+        "truncate", description="documents of the pool longer than the context: keep the start, or cut into pieces"
+    )
+    on_bad_record: Literal["fail", "skip"] = Field(
+        "fail", description="a record that cannot be used: stop, or leave it out, count it and list it"
+    )
+    tokenizer: str | None = Field(
+        None, description="directory, Hub name or tokenizer.json; None: trained on the pool unless a model brings one"
+    )
+    vocab_size: Annotated[int, Field(ge=300)] = Field(4096, description="ids of a tokenizer that is trained here")

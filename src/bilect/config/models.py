@@ -1,0 +1,17 @@
+"""Which models take part."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from bilect.config.base import Settings
+
+__all__ = ["ModelsConfig"]
+
+
+class ModelsConfig(Settings):
+    """The three models: a preset, a directory, a Hub name, or an inline config with model_type."""
+
+    proxy: str | dict[str, Any] = Field("pythia-31m", description="small stand-in for the target (paper: 31M)")
+    target: str | dict[str, Any] = Field("pythia-410m", description="the model that is finally trained")
+    score_head: Literal["sigmoid", "linear"] = Field("sigmoid", description="sigmoid in the paper")

@@ -1,0 +1,1 @@
+"""The demo: its text, its settings, its run."""

@@ -1,0 +1,152 @@
+"""What every stage is given: the run directory, the config, the progress display, and how to read earlier results."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bilect.config import Config
+from bilect.data.sources import set_name
+from bilect.data.tokens import TokenStore
+from bilect.models.loading import load_causal_lm, load_tokenizer
+from bilect.runtime import distributed
+from bilect.runtime.device import pick_device
+from bilect.runtime.progress import Progress
+from bilect.runtime.seeds import derive_seed
+from bilect.selection.near_duplicates import cluster_file
+
+__all__ = ["Figures", "RunContext", "find_clusters", "open_pool", "target_folder"]
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run, as its stages see it.
+
+    Attributes:
+        root: the run directory.
+        config: of the run.
+        progress: what the reader sees.
+    """
+
+    root: Path
+    config: Config
+    progress: Progress
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The run's tokenizer, read once: every batch asks for its padding."""
+        return load_tokenizer(str(self.root / "tokenizer"))
+
+    @property
+    def pad_id(self) -> int:
+        """Padding token; never learned, never read."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank."""
+        return pick_device(self.config.device)
+
+    def pool(self) -> TokenStore:
+        """The pool's tokens: the rows of all its inputs, those that are never used among them."""
+        return open_pool(self.root / "tokens")
+
+    def pool_note(self) -> dict[str, Any]:
+        """The pool's token files and, by reason, its rows that are never used: ``pool.json`` and ``held-out.json``."""
+        return _pool_note(self.root / "tokens")
+
+    def excluded(self) -> np.ndarray:
+        """Rows of the pool that are never used: documents that repeat an earlier one, or are held out."""
+        return _excluded(self.pool_note())
+
+    def clusters(self) -> Path | None:
+        """Near-duplicates of the pool, looked for by the main rank if that is not done; None where there is no cap."""
+        selection, tokens = self.config.selection, self.root / "tokens"
+        if selection.max_per_cluster is None:
+            return None
+        if distributed.is_main():
+            find_clusters(tokens, selection.cluster_similarity, self.progress)
+        distributed.barrier()
+        return _cluster_path(tokens, selection.cluster_similarity)
+
+    def upper_sets(self) -> list[tuple[str, float, TokenStore]]:
+        """Name, weight and tokens of each target set, in the order of the config."""
+        sets = [(set_name(source), source.weight) for source in self.config.data.upper_data]
+        return [(name, w, TokenStore(self.root / "tokens" / "upper" / f"{name}.arrow")) for name, w in sets]
+
+    def upper(self) -> TokenStore:
+        """The tokens of all target sets together."""
+        return TokenStore([path for _, _, store in self.upper_sets() for path in store.paths])
+
+    def heldout_sets(self) -> dict[str, TokenStore]:
+        """Tokens of each held-out set, by name."""
+        return {p.stem: TokenStore(p) for p in sorted((self.root / "tokens" / "heldout").glob("*.arrow"))}
+
+    def shard(self, number: int, n_rows: int) -> np.ndarray:
+        """Rows of one of the disjoint random shards: 0 for the warm-up, 1..R for the rounds; no excluded row."""
+        order = np.random.default_rng(derive_seed(self.config.seed, "shards")).permutation(n_rows)
+        order = order[~np.isin(order, self.excluded())]
+        first = round(len(order) * self.config.warmup.share)
+        shards = [order[:first], *np.array_split(order[first:], self.config.rounds)]
+        return np.sort(shards[number])
+
+    def load(self, folder: str) -> PreTrainedModel:
+        """A model saved by an earlier stage."""
+        return load_causal_lm(str((self.root / folder).resolve())).to(self.device)
+
+    def evaluated(self, folder: str) -> str:
+        """The folder of the model that stands for a target in evaluations: its decayed copy, where it has one.
+
+        The settings say so, not the disk: a copy may be left from other settings.
+        """
+        training = self.config.warmup.target if folder == target_folder("", 0) else self.config.training
+        return f"{folder}-decayed" if training.decay_steps else folder
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        if distributed.is_main():
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+
+def open_pool(tokens: Path) -> TokenStore:
+    """The pool behind a folder with ``pool.json`` and ``pool/``."""
+    note = _pool_note(tokens)
+    paths = [tokens / "pool" / f["file"] for f in note["files"]]
+    return TokenStore(paths, [f["weight"] for f in note["files"]], _excluded(note))
+
+
+def find_clusters(tokens: Path, similarity: float, progress: Progress) -> Path:
+    """Near-duplicates of a pool, in a file beside its tokens: once for all rounds, arms and later selections."""
+    store, file = open_pool(tokens), _cluster_path(tokens, similarity)
+    with progress.task("near-duplicates", len(store) - len(store.excluded), unit="documents") as task:
+        return cluster_file(store, file, similarity, task.advance)
+
+
+def _cluster_path(tokens: Path, similarity: float) -> Path:
+    return tokens / f"near-duplicates-{similarity:g}.parquet"
+
+
+def _pool_note(tokens: Path) -> dict[str, Any]:
+    note, held_out = json.loads((tokens / "pool.json").read_text(encoding="utf-8")), tokens / "held-out.json"
+    if held_out.is_file():  # a file of its own stage: what two stages write, neither knows to be there
+        note["excluded"] |= json.loads(held_out.read_text(encoding="utf-8"))["excluded"]
+    return dict(note)
+
+
+def _excluded(note: dict[str, Any]) -> np.ndarray:
+    return np.array(sorted(chain.from_iterable(note["excluded"].values())), dtype=np.int64)
+
+
+def target_folder(arm: str, number: int) -> str:
+    """Where an arm's target lies after a round; round 0 is the warm-up."""
+    if number == 0:
+        return "warmup/target"
+    return f"round-{number}/target" if arm == "bliss" else f"controls/{arm}/round-{number}/target"

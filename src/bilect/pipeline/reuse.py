@@ -1,0 +1,189 @@
+"""What a finished run is good for afterwards: another selection from its scores, scores of other files."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from bilect.config import Config, SelectionConfig, parse_config, parse_selection, parse_source
+from bilect.errors import BilectError
+from bilect.models.loading import load_tokenizer
+from bilect.pipeline import texts
+from bilect.pipeline.choosing import score_pool
+from bilect.pipeline.context import Figures, RunContext, find_clusters, open_pool
+from bilect.pipeline.directory import RunDir
+from bilect.runtime.files import content_hash
+from bilect.runtime.locks import locked
+from bilect.runtime.progress import Progress, SilentProgress
+from bilect.selection.records import attach_text
+from bilect.selection.select import Selected, select
+
+__all__ = ["score_files", "select_again", "selection_settings"]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+
+
+def selection_settings(**given: Any) -> dict[str, Any]:
+    """Settings of a selection from what stands on a command line; None is left out.
+
+    ``budget_tokens`` may be ``25M``; ``min_share`` and ``max_share`` are lists of ``SOURCE=SHARE``.
+
+    Raises:
+        BilectError: something that is no number, or no pair.
+    """
+    settings = {k: v for k, v in given.items() if v not in (None, [], ())}
+    if "budget_tokens" in settings:
+        settings["budget_tokens"] = _count(str(settings["budget_tokens"]))
+    for name in ("min_share", "max_share"):
+        if name in settings:
+            settings[name] = dict(_pair(name, text) for text in settings[name])
+    return settings
+
+
+def select_again(
+    source: Path,
+    out: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    *,
+    number: int | None = None,
+    seed: int = 0,
+) -> tuple[Selected, Path]:
+    """Another selection from scores that are there; no model is needed.
+
+    Args:
+        source: a run directory, what ``score_files`` wrote, or a folder of score files.
+        out: folder to write; default: ``source/selections/NAME``, named after the settings.
+        settings: of ``SelectionConfig``; the rest as in the run.
+        progress: what the reader sees; nothing by default.
+        number: the round whose scores are used; default: the last that has any.
+        seed: of Gumbel noise.
+
+    Returns:
+        What was kept, and the folder: ``kept.parquet`` or ``kept.jsonl.zst`` (with text, where the token files are
+        there) and ``dropped.parquet``.
+
+    Raises:
+        BilectError: no scores there, or wrong settings.
+    """
+    settings = dict(settings or {})
+    scores, tokens = _scores_of(source, number)
+    base = _run_config(source)
+    before = {} if base is None else base.selection.model_dump(exclude_defaults=True)
+    if any(settings.get(k) is not None for k in ("keep_ratio", "budget_tokens", "top_k")):
+        before = {k: v for k, v in before.items() if k not in ("keep_ratio", "budget_tokens", "top_k")}
+    config = parse_selection({**before, **settings})
+    folder = out if out is not None else source / "selections" / _name(config, seed)
+    clusters = None
+    if config.max_per_cluster is not None and tokens is not None:
+        clusters = find_clusters(tokens, config.cluster_similarity, progress or SilentProgress())
+    chosen = select(scores, folder, config, seed=seed, clusters=clusters)
+    if tokens is not None:
+        attach_text(folder, open_pool(tokens), config.format)
+    return chosen, folder
+
+
+def score_files(
+    source: Path,
+    data: Sequence[str],
+    out: Path,
+    progress: Progress | None = None,
+    *,
+    fields: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Score other files with the score model of a run; started again, it goes on at the first missing file.
+
+    Args:
+        source: the run directory.
+        data: files, folders, globs or URLs, as ``data.lower_data``.
+        out: folder to write: ``tokens/pool/``, ``scores/`` and ``run.json``; ``select_again`` takes it.
+        progress: what the reader sees; nothing by default.
+        fields: names of the fields where they differ, as ``fields`` of a source; by default those of the run's pool.
+
+    Returns:
+        ``documents``, ``tokens`` and, by reason, the number of records left out (``skipped``).
+
+    Raises:
+        BilectError: no score model there, or something wrong with the files.
+    """
+    base, score_model = _run_config(source), source / "score_model"
+    if base is None or not score_model.is_dir():
+        raise BilectError(f"score: {source} has no score model yet; finish the run first")
+    names = dict(base.data.lower_data[0].fields if fields is None else fields)
+    changes = {"lower_data": tuple(parse_source({"path": path, "fields": names}) for path in data)}
+    config = base.model_copy(update={"data": base.data.model_copy(update=changes)})
+    context = RunContext(out.resolve(), config, progress or SilentProgress())
+    with locked(out):
+        directory = RunDir(context.root, config.seed)
+        directory.manifest["inputs"] = {"lower_data": texts.input_hashes(context)["lower_data"]}
+        tokenizer = load_tokenizer(str(source / "tokenizer"))
+        settings = [config.data.model_dump(), directory.manifest["inputs"], content_hash(tokenizer.get_vocab())]
+        figures = directory.stage(
+            "tokenise", lambda scratch: texts.tokenise_files(context, scratch, tokenizer), settings=settings
+        )
+        weights = [content_hash(path) for path in sorted(score_model.glob("*.safetensors"))]
+        directory.stage("score", partial(_score, context, score_model), settings=weights, after=["tokenise"])
+        directory.finish()
+    return {key: figures[key] for key in ("documents", "tokens", "skipped")}
+
+
+def _score(context: RunContext, model: Path, scratch: Path) -> Figures:
+    rows = np.setdiff1d(np.arange(len(context.pool())), context.excluded())
+    return score_pool(context, model, rows, scratch / "scores", "score")
+
+
+def _scores_of(source: Path, number: int | None) -> tuple[Path, Path | None]:
+    """Folder of the score files, and of the tokens where there are any."""
+    tokens = source / "tokens"
+    rounds = sorted((int(p.parent.name.removeprefix("round-")), p) for p in source.glob("round-*/scores"))
+    if rounds:
+        found = dict(rounds)
+        if number is not None and number not in found:
+            raise BilectError(f"select: {source} has scores of round {', '.join(map(str, found))}, not of {number}")
+        return found[number if number is not None else max(found)], tokens
+    if (source / "scores").is_dir():
+        return source / "scores", tokens if tokens.is_dir() else None
+    if (source / "run.json").is_file():
+        raise BilectError(f"select: {source} has no scores yet; `bilect score {source}` makes them")
+    return source, None
+
+
+def _run_config(source: Path) -> Config | None:
+    file = source / "config.yaml"
+    return parse_config(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def _name(config: SelectionConfig, seed: int) -> str:
+    """Names a selection after what is not default, such as ``tokens-25000000-max_share-web-0.5``."""
+    chosen = config.model_dump(exclude_none=True)
+    default = SelectionConfig().model_dump()
+    words = []
+    for key, value in chosen.items():
+        if key in ("keep_ratio", "budget_tokens", "top_k") or value != default[key]:
+            shown = "-".join(f"{k}-{v:g}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+            words.append(f"{key}-{shown}")
+    if config.temperature:
+        words.append(f"seed-{seed}")
+    return re.sub(r"[^\w.\-]+", "_", "-".join(words))
+
+
+def _count(text: str) -> int:
+    match = re.fullmatch(r"\s*([\d_.]+)\s*([kKmMbBgGtT]?)\s*", text)
+    try:
+        return round(float(match[1].replace("_", "")) * _UNITS[match[2].lower()])  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise BilectError(f"--tokens {text}: expected a number of tokens such as 25M, 1.5B, 300k or 1000000") from None
+
+
+def _pair(name: str, text: str) -> tuple[str, float]:
+    source, sign, share = text.rpartition("=")
+    try:
+        if not sign or not source:
+            raise ValueError
+        return source, float(share)
+    except ValueError:
+        raise BilectError(f"--{name.replace('_', '-')} {text}: expected SOURCE=SHARE, for instance web=0.5") from None

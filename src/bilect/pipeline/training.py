@@ -1,0 +1,238 @@
+"""Training and evaluation: the warm-up, the arms of each round, the held-out sets, the proxy's fidelity."""
+
+import json
+import math
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+from transformers import PreTrainedModel
+
+from bilect.config import TOKEN_METHODS, TrainConfig
+from bilect.data.loading import UpperBatches
+from bilect.data.tokens import TokenStore
+from bilect.errors import BilectError
+from bilect.models.flops import forward_flops
+from bilect.models.loading import check_vocabulary, load_causal_lm, padded_vocabulary
+from bilect.models.presets import PRESETS
+from bilect.pipeline.context import Figures, RunContext, target_folder
+from bilect.pipeline.last_good import keep_last_good
+from bilect.runtime import distributed
+from bilect.runtime.files import write_json
+from bilect.runtime.seeds import derive_seed
+from bilect.selection.near_duplicates import within_cap
+from bilect.selection.records import kept_ids
+from bilect.training import evaluation
+from bilect.training.curve import HeldoutCurve
+from bilect.training.train import NotANumberError, Online, forget_training, train
+
+__all__ = ["OF_RANDOM", "PROBE_DOCUMENTS", "evaluate", "fidelity", "publish", "train_arm", "warm_up"]
+
+PROBE_DOCUMENTS = 256
+OF_RANDOM = ("keep_ratio", "budget_tokens", "top_k", "max_per_cluster", "cluster_similarity")  # of selection
+WHOLE_POOL = ("full", *TOKEN_METHODS)  # arms that train on all documents
+
+
+def warm_up(run: RunContext, scratch: Path, role: str) -> Figures:
+    """Train proxy or target on the warm-up shard."""
+    spec = run.config.models.proxy if role == "proxy" else run.config.models.target
+    settings = run.config.warmup.proxy if role == "proxy" else run.config.warmup.target
+    vocabulary = padded_vocabulary(run.tokenizer)
+    seed = derive_seed(run.config.seed, "initial", role)
+    if isinstance(spec, str) and spec not in PRESETS:
+        check_vocabulary(f"models.{role}", spec, run.tokenizer, str(run.root / "tokenizer"))
+    model = load_causal_lm(spec, vocab_size=vocabulary, seed=seed, context=run.config.data.context)
+    if model.get_input_embeddings().weight.shape[0] < len(run.tokenizer):
+        raise BilectError(f"models.{role}: its vocabulary of {model.get_input_embeddings().weight.shape[0]} is smaller "
+                          f"than the tokenizer's {len(run.tokenizer)}")  # fmt: skip
+    pool = run.pool()
+    out = scratch / "warmup" / role
+    rows, title = run.shard(0, len(pool)), f"warm up the {role}"
+    decayed = role == "target"
+    labels = ("warm-up", role)
+    return _train(run, model.to(run.device), pool, rows, scratch, out, settings, title, labels, decayed=decayed,
+                  weight_R=pool.weight_R)  # fmt: skip
+
+
+def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
+    """Train an arm's target on its documents of the shard, and a decayed copy for evaluation."""
+    pool = run.pool()
+    rows = _rows_of(run, arm, number, pool)
+    model = run.load(target_folder(arm, number - 1))
+    out, title = scratch / target_folder(arm, number), f"round {number}: train on {arm}"
+    before, settings = run.root / target_folder(arm, number - 1), run.config.training
+    labels = ("train", number)
+    return _train(run, model, pool, rows, scratch, out, settings, title, labels, decayed=True, start_from=before,
+                  weight_R=pool.weight_R if arm in WHOLE_POOL else None, online=_online(run, arm),
+                  curve=_curve(run))  # fmt: skip
+
+
+def _curve(run: RunContext) -> HeldoutCurve | None:
+    curve = run.config.curve
+    if curve.every is None:
+        return None
+    return HeldoutCurve(run.heldout_sets(), curve.every, curve.documents, run.pad_id, run.config.score_batch_tokens)
+
+
+def _online(run: RunContext, arm: str) -> Online | None:
+    config = run.config.online_of(arm)
+    if config is None:
+        return None
+    config = config.model_copy(update={"seed": derive_seed(run.config.seed, "online", config.seed)})
+    upper = None
+    if config.needs_upper_data:
+        sets, size = run.upper_sets(), config.upper_batch_size * distributed.world_size()
+        seed = derive_seed(run.config.seed, "online upper")
+        upper = UpperBatches([s for _, _, s in sets], [w for _, w, _ in sets], size, run.pad_id, seed)
+    return Online(config, upper, lambda token: str(run.tokenizer.decode([token])))
+
+
+def evaluate(run: RunContext, scratch: Path, folder: str) -> Figures:
+    """Figures of the decayed copy of a target (or of itself, without a decay branch) on every held-out set."""
+    if not distributed.is_main():
+        return {}
+    model = run.load(run.evaluated(folder))
+    stores = run.heldout_sets()
+    results, flops, tokens = {}, 0.0, 0
+    with run.progress.task(f"evaluate {folder}", len(stores)) as task:
+        for name, store in stores.items():
+            results[name] = evaluation.evaluate(model, store, run.pad_id, run.config.score_batch_tokens).as_dict()
+            n_tokens = int(store.length_R.sum())
+            flops, tokens = flops + forward_flops(model, n_tokens, n_tokens / len(store)), tokens + n_tokens
+            task.advance(1, heldout_loss=results[name]["loss"])
+    write_json((scratch / folder).with_name("eval.json"), results)
+    loss = sum(r["loss"] for r in results.values()) / len(results)
+    return {"flops": flops, "tokens": tokens, "heldout_loss": loss}
+
+
+def fidelity(run: RunContext, scratch: Path, number: int) -> Figures:
+    """Does the proxy stand in for the target? Rank correlations over a probe of the shard's documents."""
+    if not distributed.is_main():
+        return {}
+    pool = run.pool()
+    seed = derive_seed(run.config.seed, "probe", number)
+    probe = np.sort(np.random.default_rng(seed).permutation(run.shard(number, len(pool)))[:PROBE_DOCUMENTS])
+    start = "warmup/proxy" if number == 1 or run.config.reset_proxy else f"round-{number - 1}/proxy"
+    folders = {
+        "proxy_before": start,
+        "proxy_after": f"round-{number}/proxy",
+        "target_before": target_folder("bliss", number - 1),
+        "target_after": f"round-{number}/target",
+    }
+    losses, flops = {}, 0.0
+    tokens = int(pool.length_R[probe].sum())
+    with run.progress.task(f"round {number}: proxy fidelity", len(folders)) as task:
+        for name, folder in folders.items():
+            model = run.load(folder)
+            losses[name] = evaluation.document_losses(model, pool, probe, run.pad_id, run.config.score_batch_tokens)
+            flops += forward_flops(model, tokens, tokens / len(probe))
+            task.advance(1)
+    result = {
+        "round": number,
+        "documents": len(probe),
+        "loss_rank_correlation": _spearman(losses["proxy_after"], losses["target_before"]),
+        "change_rank_correlation": _spearman(
+            losses["proxy_after"] - losses["proxy_before"], losses["target_after"] - losses["target_before"]
+        ),
+    }
+    write_json(scratch / f"round-{number}" / "fidelity.json", result)
+    return {**result, "flops": flops, "tokens": 4 * tokens}
+
+
+def publish(run: RunContext, scratch: Path) -> Figures:
+    """The final models where users look for them."""
+    if distributed.is_main():
+        last = run.config.rounds
+        sources = {
+            "proxy": run.root / f"round-{last}" / "proxy",
+            "score_model": run.root / f"round-{last}" / "score_model",
+            "target": run.root / run.evaluated(target_folder("bliss", last)),
+        }
+        for name, folder in sources.items():
+            (scratch / name).mkdir(exist_ok=True)
+            for file in chain(folder.glob("*.json"), folder.glob("*.safetensors"), folder.glob("*.jinja")):
+                (scratch / name / file.name).write_bytes(file.read_bytes())
+    return {"flops": 0.0}
+
+
+def _rows_of(run: RunContext, arm: str, number: int, pool: TokenStore) -> np.ndarray:
+    shard = run.shard(number, len(pool))
+    if arm in WHOLE_POOL:
+        return shard
+    if arm != "random":
+        ids = set(kept_ids((run.root / target_folder(arm, number)).with_name("selected")))
+        return np.array([i for i, d in zip(shard, pool.doc_ids(shard), strict=True) if d in ids])
+    generator = np.random.default_rng(derive_seed(run.config.seed, "random", number))
+    order = generator.permutation(shard)
+    if pool.weight_R is not None:  # a weighted draw without replacement (Efraimidis and Spirakis 2006)
+        order = order[np.argsort(generator.exponential(size=len(order)) / pool.weight_R[order])]
+    selection, clusters = run.config.selection, run.clusters()
+    budget = selection.budget(int(pool.length_R[order].sum()))
+    if clusters is not None and selection.max_per_cluster is not None:  # the cap is no merit of the scores
+        order = order[within_cap(pool.doc_ids(order), clusters, selection.max_per_cluster)]
+    if selection.top_k is not None:
+        return order[: selection.top_k]
+    length_R = pool.length_R[order]
+    return order[np.cumsum(length_R) - length_R < budget]
+
+
+def _train(
+    run: RunContext,
+    model: PreTrainedModel,
+    pool: TokenStore,
+    rows: np.ndarray,
+    scratch: Path,
+    out: Path,
+    settings: TrainConfig,
+    name: str,
+    labels: tuple[str | int, ...],
+    *,
+    decayed: bool,
+    start_from: Path | None = None,
+    weight_R: np.ndarray | None = None,
+    online: Online | None = None,
+    curve: HeldoutCurve | None = None,
+) -> Figures:
+    """Train, then the decay branch; a restart goes on in whichever of the two it was."""
+    context, seed = run.config.data.context, derive_seed(run.config.seed, *labels)
+    decay_steps = settings.decay_steps if decayed else 0
+    before_decay = scratch / ".before-decay.json"  # figures; there once model and optimiser are in ``out``
+    out.mkdir(parents=True, exist_ok=True)
+    common: dict[str, Any] = {
+        "context": context, "device": run.device, "checkpoint_every": run.config.checkpoint_every,
+        "weight_R": weight_R, "online": online,
+    }  # fmt: skip
+    try:
+        with run.progress.task(name, settings.steps + decay_steps) as task:
+            if before_decay.is_file():
+                figures = json.loads(before_decay.read_text(encoding="utf-8"))
+                figures["curve_seconds"] = 0.0  # another process spent them
+                model = load_causal_lm(str(out)).to(run.device)
+                task.advance(settings.steps)
+            else:
+                first = {**common, "task": task, "seed": seed, "start_from": start_from, "curve": curve}
+                figures = train(model, pool, rows, out, settings, **first)
+                run.save(model, out)
+                if decay_steps and distributed.is_main():
+                    write_json(before_decay, figures)
+            forget_training(out)
+            if decay_steps:
+                distributed.barrier()
+                second = {**common, "task": task, "seed": seed + 1, "start_from": out}
+                more = train(model, pool, rows, out, settings, decay=True, **second)
+                figures = {k: figures[k] + more[k] if k in ("tokens", "flops") else figures[k] for k in figures}
+                run.save(model, out.with_name(f"{out.name}-decayed"))
+                forget_training(out, decay=True)
+    except NotANumberError as error:
+        kept = keep_last_good(run, scratch, {"": model}, error.good_step)
+        raise BilectError(f"{error} ({name}); lower its learning_rate or grad_clip; {kept}") from error
+    return figures
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float | None:
+    if not (np.ptp(a) and np.ptp(b)):
+        return None  # a constant has no ranks
+    value = float(spearmanr(a, b).statistic)
+    return value if math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""From models to scores, from scores to what is kept: out of core, by doc_id."""

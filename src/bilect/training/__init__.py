@@ -1,0 +1,1 @@
+"""Plain training of language models, its learning curve, and evaluation."""
