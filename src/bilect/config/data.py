@@ -42,7 +42,7 @@ class DataConfig(Settings):
 
     lower_data: tuple[SourceConfig, ...] = Field(min_length=1, description="the pool to choose from")
     upper_data: tuple[SourceConfig, ...] = Field(min_length=1, description="small target set: what good means")
-    heldout_data: tuple[SourceConfig, ...] = Field(min_length=1, description="for reporting only, never for choosing")
+    heldout_data: tuple[SourceConfig, ...] = Field((), description="for reporting only, never for choosing")
     context: Positive = Field(1024, description="tokens; the paper uses 1024")
     long_documents: Literal["truncate", "chunk"] = Field(
         "truncate", description="documents of the pool longer than the context: keep the start, or cut into pieces"

@@ -11,10 +11,12 @@ import yaml
 
 from bilect.config import Config, SelectionConfig, parse_config, parse_selection, parse_source
 from bilect.errors import BilectError
+from bilect.methods import load
+from bilect.methods.contract import Inputs
 from bilect.models.loading import load_tokenizer
 from bilect.pipeline import texts
-from bilect.pipeline.choosing import score_pool
-from bilect.pipeline.context import Figures, RunContext, find_clusters, open_pool
+from bilect.pipeline.choosing import SAVED, score_rows
+from bilect.pipeline.context import Figures, RunContext, arm_folder, find_clusters, open_pool
 from bilect.pipeline.directory import RunDir
 from bilect.runtime.files import content_hash
 from bilect.runtime.locks import locked
@@ -95,7 +97,7 @@ def score_files(
     *,
     fields: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Score other files with the score model of a run; started again, it goes on at the first missing file.
+    """Score other files by what a run has fitted; started again, it goes on at the first missing file.
 
     Args:
         source: the run directory.
@@ -108,13 +110,15 @@ def score_files(
         ``documents``, ``tokens`` and, by reason, the number of records left out (``skipped``).
 
     Raises:
-        BilectError: no score model there, or something wrong with the files.
+        BilectError: nothing fitted there, or something wrong with the files.
     """
-    base, score_model = _run_config(source), source / "score_model"
-    if base is None or not score_model.is_dir():
-        raise BilectError(f"score: {source} has no score model yet; finish the run first")
+    base = _run_config(source)
+    fitted = None if base is None else source / arm_folder(base, base.method, base.rounds) / SAVED
+    if base is None or fitted is None or not fitted.is_dir():
+        raise BilectError(f"score: {source} has fitted nothing to score by yet; finish the run first")
     names = dict(base.data.lower_data[0].fields if fields is None else fields)
-    changes = {"lower_data": tuple(parse_source({"path": path, "fields": names}) for path in data)}
+    pool = tuple(parse_source({"path": path, "fields": names}) for path in data)
+    changes = {"lower_data": pool, "upper_data": (), "heldout_data": ()}  # the run's own need not be there any more
     config = base.model_copy(update={"data": base.data.model_copy(update=changes)})
     context = RunContext(out.resolve(), config, progress or SilentProgress())
     with locked(out):
@@ -125,15 +129,22 @@ def score_files(
         figures = directory.stage(
             "tokenise", lambda scratch: texts.tokenise_files(context, scratch, tokenizer), settings=settings
         )
-        weights = [content_hash(path) for path in sorted(score_model.glob("*.safetensors"))]
-        directory.stage("score", partial(_score, context, score_model), settings=weights, after=["tokenise"])
+        content = [content_hash(path) for path in sorted(fitted.rglob("*")) if path.is_file()]
+        action = partial(_score, context, RunContext(source.resolve(), base, SilentProgress()), fitted)
+        directory.stage("score", action, settings=content, after=["tokenise"])
         directory.finish()
     return {key: figures[key] for key in ("documents", "tokens", "skipped")}
 
 
-def _score(context: RunContext, model: Path, scratch: Path) -> Figures:
-    rows = np.setdiff1d(np.arange(len(context.pool())), context.excluded())
-    return score_pool(context, model, rows, scratch / "scores", "score")
+def _score(context: RunContext, source: RunContext, fitted: Path, scratch: Path) -> Figures:
+    pool, config = context.pool(), source.config
+    rows = np.setdiff1d(np.arange(len(pool)), context.excluded())
+    inputs = Inputs(
+        pool, rows, source.upper_sets(), proxy=source.root / "warmup" / "proxy", scratch=scratch / ".fit",
+        pad_id=source.pad_id, seed=config.seed, device=source.device, number=config.rounds, bf16=config.fit.bf16,
+        batch_tokens=config.score_batch_tokens,
+    )  # fmt: skip
+    return score_rows(context, load(fitted, inputs), rows, scratch / "scores", "score")
 
 
 def _scores_of(source: Path, number: int | None) -> tuple[Path, Path | None]:

@@ -117,7 +117,8 @@ def tokenise_heldout(run: RunContext, scratch: Path) -> Figures:
     pool.use(run.pool())
     pool.twice = np.array(run.pool_note()["excluded"][TWICE], dtype=np.int64)
     pool.index.leave_out(pool.twice)
-    held_out = np.unique(np.concatenate([pool.index.with_texts_of(s.index) for s in sets]))
+    none = np.zeros(0, np.int64)  # where nothing is held out
+    held_out = np.unique(np.concatenate([none, *(pool.index.with_texts_of(s.index) for s in sets)]))
     for document in held_out.tolist():
         pool.skip(document, HELD_OUT, "its text is that of a held-out document")
     rows = pool.index.rows(held_out)
