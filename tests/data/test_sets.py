@@ -150,7 +150,7 @@ def test_pieces_of_a_repeated_document_are_all_excluded(tmp_path):
     figures, _, _ = tokenise(run)
     excluded = run.excluded()
     assert len(excluded) > 3 and figures["skipped"] == {"duplicate text": 1}
-    assert {d.split("#")[0] for d in run.pool().doc_ids(excluded)} == {"again"}
+    assert {d.split("#")[0] for d in run.pool().doc_ids(excluded)} == {"b/again"}
     assert run.pool().doc_ids([5, 6]) == ["b/d2#0", "b/d2#1"] and run.pool().doc_id(2) == "a/d2"  # two texts
 
 

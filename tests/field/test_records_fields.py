@@ -21,9 +21,10 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-PICKY = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" \
-    "[{{ m['role'] }}]{{ m['content'] | trim if loop.last or m['role'] == 'user' else m['content'] | trim | replace('hm ', '') }}" \
-    "{% endfor %}"  # fmt: skip
+PICKY = (  # without a system role, and with turns that are worded anew once they are not the last
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}"
+    "{% endif %}[{{ m['role'] }}]{{ m['content'] | trim }}{{ '!' if loop.last }}{% endfor %}"
+)
 
 
 def write(path, *records):
@@ -117,12 +118,12 @@ TURNS = [
     ("user", "rain?"),
     ("assistant", "the rain"),
 ]
+SHAREGPT = {"user": "human", "assistant": "gpt"}
 CHATS = {
     "messages": {"messages": [{"role": r, "content": c} for r, c in TURNS]},
     "parts": {"messages": [{"role": r, "content": [{"type": "text", "text": c}]} for r, c in TURNS]},
-    "sharegpt": {"conversations": [{"from": {"user": "human", "assistant": "gpt"}.get(r, r), "value": c} for r, c in TURNS]},
-    "system beside": {"system": "be brief", "conversations": [{"from": {"user": "human"}.get(r, r), "value": c}
-                                                              for r, c in TURNS[1:]]},
+    "sharegpt": {"conversations": [{"from": SHAREGPT.get(r, r), "value": c} for r, c in TURNS]},
+    "system beside": {"system": "be brief", "conversations": [{"from": r, "value": c} for r, c in TURNS[1:]]},
     "prompt and completion": {"prompt": [{"role": r, "content": c} for r, c in TURNS[:-1]],
                               "completion": [{"role": "assistant", "content": "the rain"}]},
 }  # fmt: skip
@@ -151,7 +152,8 @@ def test_a_template_that_rewords_earlier_turns_or_refuses(tmp_path, tokenizer):
     picky = with_template(tokenizer, PICKY)
     (found,) = documents(write(tmp_path / "c.jsonl", {"messages": CHATS["messages"]["messages"][1:]}))
     ((spans, whole),) = learned(tmp_path, [found], picky)
-    assert spans == ["the sun", "the rain"] and whole == "[user]sun?[assistant]the sun[user]rain?[assistant]the rain"
+    assert spans == ["the sun", "the rain"]
+    assert whole == "[user]sun?[assistant]the sun[user]rain?[assistant]the rain!"
     (refused,) = documents(write(tmp_path / "r.jsonl", CHATS["messages"]))
     problems = []
     write_tokens([refused], picky, tmp_path / "r.arrow", context=99, on_problem=problems.append)

@@ -72,8 +72,8 @@ def plain(messages: Messages) -> tuple[str, Spans]:
 def in_template(document: Document, tokenizer: PreTrainedTokenizerBase) -> Document | Problem:
     """A conversation in the tokenizer's chat template, where it has one; any other document as it is.
 
-    What is learned of a turn is what the template adds when the turn follows the prompt for it: the content and the
-    sign of its end. Where a template words earlier turns anew as later ones come, it is the content alone.
+    What is learned of a turn is its content and what the template puts after it: the sign of its end. Where a template
+    words earlier turns anew as later ones come, it is the content alone.
     """
     if not document.messages or not tokenizer.chat_template:
         return document
@@ -94,7 +94,7 @@ def _spans(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], text
             before = _apply(tokenizer, turns[:number], add_generation_prompt=True) if number else ""
             upto = _apply(tokenizer, turns[: number + 1]).rstrip("\n")
             if before and text.startswith(before) and text.startswith(upto) and upto.startswith(before):
-                spans.append((len(before), len(upto)))
+                spans.append((max(text.find(content, len(before), len(upto)), len(before)), len(upto)))
                 at = len(upto)
                 continue
             begin = text.find(content, at)

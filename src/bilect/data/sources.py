@@ -63,6 +63,11 @@ class Input:
         file, place = self.place(record)
         return file if place == "whole file" else f"{file}, {place}"
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of plain text."""
+        return bool(self.names) and _shown(self.files[0]) != self.where
+
     def note(self) -> dict[str, Any]:
         """All of it as plain data, for a file."""
         return {**asdict(self), "source": self.source.model_dump(mode="json")}
@@ -131,9 +136,13 @@ def find(source: SourceConfig) -> Found:
 
 
 def places(parts: Sequence[Input]) -> list[str]:
-    """A relative path for each input that no other has: its path below the folder that all of them share."""
+    """A relative path for each input that no other has: its path below the folder that all of them share.
+
+    That of a folder of plain text may be ``.``, the shared folder itself.
+    """
     paths = [(part.where if part.files else part.name).split("://")[-1].lstrip("/") for part in parts]
-    shared = os.path.commonpath([os.path.dirname(p) for p in paths]) if paths else ""
+    folders = [p if part.is_folder else os.path.dirname(p) for p, part in zip(paths, parts, strict=True)]
+    shared = os.path.commonpath(folders) if paths else ""
     found = [os.path.relpath(p, shared) if shared else p for p in paths]
     keys = [(place, part.names[:1]) for place, part in zip(found, parts, strict=True)]  # one folder, other files of it
     count = Counter(keys)

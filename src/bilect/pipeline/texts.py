@@ -156,7 +156,7 @@ def tokenise_files(run: RunContext, scratch: Path, tokenizer: PreTrainedTokenize
         for made, file in zip(pool.paths, files, strict=True):
             link(made, file)
     pool.leave_out_repeated()
-    naming = pool.index.naming([_SUFFIX.sub("", place) for place in places(pool.inputs)])
+    naming = pool.index.naming(_names(pool.inputs))
     renamed = [part.where for part, name in zip(pool.inputs, naming, strict=True) if name.prefix]
     if renamed:
         others = f" and of {len(renamed) - 1} more" if len(renamed) > 1 else ""
@@ -241,6 +241,12 @@ def _saved(scratch: Path, sets: Sequence[DocumentSet], name: str, skipped: Seque
     tokens = sum(int(part.store.length_R.sum()) for part in sets)
     not_read = sum(part.not_read for part in sets)
     return {"tokens": tokens, "skipped": _counts(skipped), "not_read": not_read, "flops": 0.0}
+
+
+def _names(parts: Sequence[Input]) -> list[str]:
+    """What is put before ids that are not unique: the path of the input without its suffix."""
+    found = [_SUFFIX.sub("", place) for place in places(parts)]
+    return [part.name if name == "." else name for name, part in zip(found, parts, strict=True)]
 
 
 def _token_files(run: RunContext, tokenizer: PreTrainedTokenizerBase, *, chunk: bool) -> TokenFiles:

@@ -66,11 +66,9 @@ def write_records(
             except BilectError:
                 raise
             except Exception as error:
-                raise (
-                    error
-                    if explain(error)
-                    else BilectError(f"select: cannot copy the kept records of {source.where}: {reason(error)}")
-                ) from error
+                if explain(error):  # a full disk, for one
+                    raise
+                raise BilectError(f"select: cannot copy records of {source.where}: {reason(error)}") from error
             if count != len(own):
                 raise BilectError(f"select: {count:,} of {len(own):,} kept records are found in {source.where}: it is "
                                   "not what was tokenised")  # fmt: skip
@@ -212,10 +210,9 @@ def _codec(url: str) -> str:
 def _copy_files(source: Input, wanted: _Wanted, out: Path) -> int:
     """Files of plain text; pieces of one are files ``NAME#2.txt``."""
     count = 0
-    single = out.name == source.names[0]  # the input is one file, not a folder of them
     for number, (url, name) in enumerate(zip(source.files, source.names, strict=True), start=1):
         for piece in wanted.at(number):
-            target = out if single else out / name
+            target = out / name if source.is_folder else out
             target.parent.mkdir(parents=True, exist_ok=True)
             if piece is None:
                 with fsspec.open(url, "rb") as old, target.open("wb") as new:
@@ -232,6 +229,6 @@ def _copy_files(source: Input, wanted: _Wanted, out: Path) -> int:
 
 def _packed(path: Path, packing: str) -> Any:
     """A new file, packed as the input is."""
-    opened: dict[str, Any] = {"": open, ".gz": partial(gzip.GzipFile, mtime=0), ".zst": zstandard.open, ".bz2": bz2.open,
-              ".xz": lzma.open}  # fmt: skip
+    opened: dict[str, Any] = {"": open, ".zst": zstandard.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opened[".gz"] = partial(gzip.GzipFile, mtime=0)  # the same bytes whenever it is written
     return opened[packing](path, "wb")
