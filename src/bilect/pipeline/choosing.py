@@ -11,10 +11,12 @@ from bilect.methods import load, methods_of
 from bilect.methods.contract import DocumentMethod, Inputs
 from bilect.pipeline.context import Figures, RunContext
 from bilect.pipeline.last_good import keep_last_good
+from bilect.pipeline.texts import pool_inputs
 from bilect.runtime import distributed
 from bilect.runtime.files import write_json
 from bilect.runtime.seeds import derive_seed
-from bilect.selection.records import attach_text, extremes, kept_ids
+from bilect.selection.originals import write_records
+from bilect.selection.records import attach_text, extremes, kept_rows
 from bilect.selection.scoring import write_scores
 from bilect.selection.select import select as keep_top
 
@@ -22,7 +24,7 @@ __all__ = ["SAVED", "documents_of", "fit", "rule_of", "score", "score_rows", "se
 
 SAVED = "method"  # folder of a fitted method, in that of its arm and round
 SHOWN_DOCUMENTS, SHOWN_CHARACTERS = 6, 1500
-AMOUNT = ("keep_ratio", "budget_tokens", "top_k", "max_per_cluster", "cluster_similarity", "format")
+AMOUNT = ("keep_ratio", "budget_tokens", "top_k", "max_per_cluster", "cluster_similarity", "output", "format")
 
 
 def fit(run: RunContext, scratch: Path, arm: str, number: int) -> Figures:
@@ -64,7 +66,7 @@ def score_rows(run: RunContext, method: DocumentMethod[Any], rows: np.ndarray, o
 
 
 def select(run: RunContext, scratch: Path, arm: str, number: int) -> Figures:
-    """Keep the top, with its text; account for it by source; show the extremes."""
+    """Keep the top: a table with text, what the run is about also as the records that they were; account for it."""
     config, clusters = run.config, run.clusters()
     if not distributed.is_main():
         return {}
@@ -72,10 +74,14 @@ def select(run: RunContext, scratch: Path, arm: str, number: int) -> Figures:
     method = methods_of(config)[arm]
     assert isinstance(method, DocumentMethod)
     rule, out = rule_of(method, config.selection), scratch / folder
+    inputs = pool_inputs(run.root / "tokens") if arm == config.method and rule.output == "records" else None
     seed = derive_seed(config.seed, "select", number)
     chosen = keep_top(run.root / folder / "scores", out / "selected", rule, seed=seed, clusters=clusters)
     write_json(out / "extremes.json", extremes(out / "selected", pool, SHOWN_DOCUMENTS, SHOWN_CHARACTERS))
     attach_text(out / "selected", pool, rule.format)
+    if inputs is not None:
+        with run.progress.task(f"round {number}: records", chosen.documents, unit="records") as task:
+            write_records(out / "selected", pool, inputs, task.advance)
     if chosen.note:
         run.progress.note(chosen.note)
     return {
@@ -104,11 +110,8 @@ def documents_of(run: RunContext, arm: str, number: int) -> np.ndarray:
     method = methods_of(run.config)[arm]
     if not method.scores_documents:
         return shard
-    ids = kept_ids(run.root / run.arm_folder(arm, number) / "selected")
-    row_of = dict(zip(pool.doc_ids(shard), shard.tolist(), strict=True))
-    rows = np.array([row_of[i] for i in ids])
     assert isinstance(method, DocumentMethod)
-    return rows if method.trains_in_order else np.sort(rows)
+    return kept_rows(run.root / run.arm_folder(arm, number) / "selected", pool, in_order=method.trains_in_order)
 
 
 def _inputs(run: RunContext, arm: str, number: int, scratch: Path, log: Path | None = None) -> Inputs:

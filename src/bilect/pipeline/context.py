@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bilect.config import Config
 from bilect.data.sources import set_name
+from bilect.data.store import Naming
 from bilect.data.tokens import TokenStore
 from bilect.models.loading import load_causal_lm, load_tokenizer
 from bilect.runtime import distributed
@@ -135,7 +136,8 @@ def open_pool(tokens: Path) -> TokenStore:
     """The pool behind a folder with ``pool.json`` and ``pool/``."""
     note = _pool_note(tokens)
     paths = [tokens / "pool" / f["file"] for f in note["files"]]
-    return TokenStore(paths, [f["weight"] for f in note["files"]], _excluded(note))
+    naming = [Naming(**f["naming"]) for f in note["files"]]
+    return TokenStore(paths, [f["weight"] for f in note["files"]], _excluded(note), naming)
 
 
 def find_clusters(tokens: Path, similarity: float, progress: Progress) -> Path:

@@ -5,7 +5,9 @@ counted from the models' matrices; seconds follow from the speed that proxy and 
 probe of one or two steps, and are right to about a factor of two.
 """
 
+import bz2
 import gzip
+import lzma
 import math
 import time
 from collections.abc import Sequence
@@ -154,14 +156,15 @@ class _Tokeniser:
             return sample
         name, raw = part.files[0] if part.files else "", "\n".join(d.text for d in taken).encode()
         scale = 1.0  # a dataset that is streamed does not tell its size
-        if name.endswith(".parquet"):
+        if name.lower().endswith(".parquet"):
             import pyarrow.parquet as pq
 
             with fsspec.open(name, "rb") as handle:
                 scale = pq.ParquetFile(handle).metadata.num_rows / len(taken)
         elif name:
-            packed = {".gz": lambda: gzip.compress(raw, 6), ".zst": lambda: zstandard.compress(raw)}
-            scale = max(_size(part) / len(packed.get(Path(name).suffix, lambda: raw)()), 1.0)
+            packed = {".gz": lambda: gzip.compress(raw, 6), ".zst": lambda: zstandard.compress(raw),
+                      ".bz2": lambda: bz2.compress(raw), ".xz": lambda: lzma.compress(raw)}  # fmt: skip
+            scale = max(_size(part) / len(packed.get(Path(name).suffix.lower(), lambda: raw)()), 1.0)
         return _Corpus(sample.tokens * scale, sample.documents * scale)
 
     def _sample(self, documents: Sequence[Document], chunk: bool) -> _Corpus:

@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from bilect.config import Config, SelectionConfig, parse_config, parse_selection, parse_source
+from bilect.data.sources import Input
 from bilect.errors import BilectError
 from bilect.methods import load
 from bilect.methods.contract import Inputs
@@ -21,6 +22,7 @@ from bilect.pipeline.directory import RunDir
 from bilect.runtime.files import content_hash
 from bilect.runtime.locks import locked
 from bilect.runtime.progress import Progress, SilentProgress
+from bilect.selection.originals import write_records
 from bilect.selection.records import attach_text
 from bilect.selection.select import Selected, select
 
@@ -67,7 +69,7 @@ def select_again(
 
     Returns:
         What was kept, and the folder: ``kept.parquet`` or ``kept.jsonl.zst`` (with text, where the token files are
-        there) and ``dropped.parquet``.
+        there), ``dropped.parquet`` and, where the pool is still there, the kept ``records/``.
 
     Raises:
         BilectError: no scores there, or wrong settings.
@@ -83,9 +85,13 @@ def select_again(
     clusters = None
     if config.max_per_cluster is not None and tokens is not None:
         clusters = find_clusters(tokens, config.cluster_similarity, progress or SilentProgress())
+    records = None if tokens is None or config.output == "text" else _records(tokens, settings, progress)
     chosen = select(scores, folder, config, seed=seed, clusters=clusters)
     if tokens is not None:
-        attach_text(folder, open_pool(tokens), config.format)
+        pool = open_pool(tokens)
+        attach_text(folder, pool, config.format)
+        if records is not None:
+            write_records(folder, pool, records)
     return chosen, folder
 
 
@@ -123,7 +129,7 @@ def score_files(
     context = RunContext(out.resolve(), config, progress or SilentProgress())
     with locked(out):
         directory = RunDir(context.root, config.seed)
-        directory.manifest["inputs"] = {"lower_data": texts.input_hashes(context)["lower_data"]}
+        directory.manifest["inputs"] = {"lower_data": texts.pool_hashes(context)}
         tokenizer = load_tokenizer(str(source / "tokenizer"))
         settings = [config.data.model_dump(), directory.manifest["inputs"], content_hash(tokenizer.get_vocab())]
         figures = directory.stage(
@@ -134,6 +140,17 @@ def score_files(
         directory.stage("score", action, settings=content, after=["tokenise"])
         directory.finish()
     return {key: figures[key] for key in ("documents", "tokens", "skipped")}
+
+
+def _records(tokens: Path, settings: Mapping[str, Any], progress: Progress | None) -> list[Input] | None:
+    """Where the pool's records are from; None, with a word on it, where that is gone and records were not asked for."""
+    try:
+        return texts.pool_inputs(tokens)
+    except BilectError as error:
+        if settings.get("output") == "records":
+            raise
+        (progress or SilentProgress()).note(f"no records, but the text that the run holds: {error}")
+        return None
 
 
 def _score(context: RunContext, source: RunContext, fitted: Path, scratch: Path) -> Figures:
