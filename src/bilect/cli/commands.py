@@ -1,5 +1,6 @@
 """Command line: parse, call one function, set the exit code."""
 
+import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -10,6 +11,8 @@ import typer
 
 from bilect import __version__
 from bilect.errors import BilectError, explain
+from bilect.runtime.interrupts import Interrupted, ends_promptly
+from bilect.runtime.terminal import any_terminal, printable
 
 __all__ = ["app", "main"]
 
@@ -293,14 +296,17 @@ def _needed(out: Path | None, command: str) -> Path:
 
 def main() -> None:
     """Entry point: what the user can put right is one line on stderr and exit code 2."""
+    any_terminal()
+    interrupted = "bilect: interrupted; the same command goes on from here"
     try:
-        app()
-    except KeyboardInterrupt:
-        print("bilect: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        with ends_promptly(interrupted):
+            app()
+    except Interrupted as error:
+        print(interrupted, file=sys.stderr, flush=True)
+        os._exit(error.code)  # now: threads and processes of libraries are not waited for
     except Exception as error:
         message = explain(error)
         if message is None:
             raise
-        print(f"bilect: {message}", file=sys.stderr)
+        print(f"bilect: {printable(message)}", file=sys.stderr)
         sys.exit(2)

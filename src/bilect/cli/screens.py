@@ -7,6 +7,7 @@ from typing import Any
 from bilect.config import Config, load_config
 from bilect.errors import BilectError
 from bilect.runtime.progress import RichProgress
+from bilect.runtime.terminal import PlainConsole
 
 __all__ = [
     "compare_with_progress",
@@ -82,7 +83,6 @@ def show_demo(out: Path, seed: int = 0) -> None:
 
 def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str], arms: Sequence[Any] = ()) -> None:
     """``--dry-run``: the stages, what is done, and what the rest costs."""
-    from rich.console import Console
     from rich.table import Table
 
     from bilect.pipeline.plan import plan_run
@@ -98,18 +98,16 @@ def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str], arms:
     table.add_section()
     sums = [sum(getattr(line, name) for line in left) for name in ("tokens", "flops", "seconds")]
     table.add_row("left in all", "", f"{sums[0]:,}", f"{sums[1] / 1e12:,.2f}", _duration(sums[2]))
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     console.print(table)
     console.print("Tokens are estimated from samples of the files; times from a short probe of this machine.")
 
 
 def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str]) -> None:
     """``bilect compare``: a line per finished stage, then a table and the verdict of each variant."""
-    from rich.console import Console
-
     from bilect.compare import compare
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     comparison = compare(load_config(config_file, overrides), out, lambda line: console.print(line, style="dim"))
     for name, variant in comparison["variants"].items():
         console.print(_comparison_table(name, variant))
@@ -119,7 +117,6 @@ def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str]
 
 def plan_comparison(config_file: Path, out: Path, overrides: Sequence[str]) -> None:
     """``bilect compare --dry-run``: what is left of each variant, and what it costs."""
-    from rich.console import Console
     from rich.table import Table
 
     from bilect.compare.plan import plan_cells
@@ -135,7 +132,7 @@ def plan_comparison(config_file: Path, out: Path, overrides: Sequence[str]) -> N
     table.add_section()
     table.add_row("in all", str(sum(n.runs for n in lines)), str(sum(n.stages for n in lines)),
                   f"{sum(n.flops for n in lines) / 1e12:,.2f}", _duration(sum(n.seconds for n in lines)))  # fmt: skip
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     console.print(table)
     console.print("Times are of one run after the other, without those of choosing by other methods.")
 
