@@ -3,7 +3,8 @@
     text -> tokens -> warm-up -> [ fit -> score -> select -> train -> evaluate ] x rounds -> summary -> report
     (and, where the config names downstream tasks, each arm's last target on these)
 
-Each stage is skipped when its result is already there (``directory.py``); what it does is in the other modules of this room.
+Each stage is skipped when its result is already there (``directory.py``); what it does is in the
+other modules of this room.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from bilect.config import Config
 from bilect.errors import BilectError
 from bilect.methods import choosers, get
 from bilect.pipeline import choosing, downstream, texts, training
+from bilect.pipeline.changes import check_repeats, model_content, sources_content
 from bilect.pipeline.context import RunContext, target_folder
 from bilect.pipeline.directory import RunDir, stage_key
 from bilect.pipeline.summary import summarise
@@ -56,6 +58,11 @@ class Stage:
     command: Command = "warmup"
     round: int = 0
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The same as ``after``."""
+        return self.after
+
 
 def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
     """All stages of a run, in order.
@@ -67,9 +74,15 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
     config, plan = context.config, list[Stage]()
     settings = config.model_dump()
     data, models, warmup = settings["data"], settings["models"], settings["warmup"]
-    upper, heldout = data.pop("upper_data"), data.pop("heldout_data")
+    del data["upper_data"], data["heldout_data"]
     drawing = {"seed": config.seed, "ranks": distributed.world_size(), "share": warmup["share"]}
     split = {**drawing, "rounds": config.rounds}
+
+    lower = sources_content(config.data.lower_data, inputs["lower_data"])
+    upper, heldout = (
+        sources_content(sources, inputs[role], named=True)
+        for role, sources in (("upper_data", config.data.upper_data), ("heldout_data", config.data.heldout_data))
+    )
 
     def add(
         command: Command, in_round: int, name: str, action: Any, settings: Any, after: Iterable[str], **more: Any
@@ -78,19 +91,19 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
         act = partial(_measured, context, partial(action, context, **more))
         plan.append(Stage(name, act, settings, tuple(after), command, in_round))
 
-    reading = [{**data, "tokenizer": texts.given_tokenizer(config)}, inputs["lower_data"]]
+    reading = {"data": {**data, "tokenizer": model_content(texts.given_tokenizer(config)), "lower_data": lower}}
     add("warmup", 0, "tokenise pool", texts.tokenise_pool, reading, [])
     # its documents are taken out of the pool, so everything that draws from the pool comes after it
-    held_out = [heldout, inputs["heldout_data"]]
+    held_out, targets = {"data.heldout_data": heldout}, {"data.upper_data": upper}
     add("warmup", 0, "tokenise held-out", texts.tokenise_heldout, held_out, ["tokenise pool"])
-    add("warmup", 0, "tokenise upper", texts.tokenise_upper, [upper, inputs["upper_data"]], ["tokenise held-out"])
+    add("warmup", 0, "tokenise upper", texts.tokenise_upper, targets, ["tokenise held-out"])
     for role in ("proxy", "target"):
         add(
             "warmup",
             0,
             f"warm up {role}",
             training.warm_up,
-            [drawing, models[role], warmup[role]],
+            {"drawing": drawing, f"models.{role}": model_content(models[role]), f"warmup.{role}": warmup[role]},
             ["tokenise held-out"],
             role=role,
         )
@@ -109,12 +122,20 @@ def stages(context: RunContext, inputs: Mapping[str, Any]) -> list[Stage]:
     ready = {arm: "warm up target" for arm in arms}  # the last stage of each arm's target
     carried = ["warm up proxy", "tokenise upper"]  # what the next fit starts from, besides the target
     for n in range(1, config.rounds + 1):
-        fitting = [split, settings["fit"], models["score_head"]]
+        fitting = {"drawing": split, "fit": settings["fit"], "models.score_head": models["score_head"]}
         if n > 1:
-            fitting += [config.reset_proxy, config.carry_score_model]
+            fitting |= {"reset_proxy": config.reset_proxy, "carry_score_model": config.carry_score_model}
         add("fit", n, "fit", choosing.fit, fitting, [*carried, ready["bliss"]], number=n)
         add("score", n, "score", choosing.score, [], [f"round {n}: fit"], number=n)
-        add("select", n, "select", choosing.select, settings["selection"], [f"round {n}: score"], number=n)
+        add(
+            "select",
+            n,
+            "select",
+            choosing.select,
+            {"selection": settings["selection"]},
+            [f"round {n}: score"],
+            number=n,
+        )
         for arm in arms:
             after = [f"round {n}: select", ready[arm]] if arm == "bliss" else [ready[arm]]
             if arm in chosen:
@@ -151,6 +172,7 @@ def run(
     command: Command = "run",
     number: int | None = None,
     arms: Sequence[str] = (),
+    repeat: bool = False,
 ) -> dict[str, Any]:
     """Carry out a run, or what is left of it, and return its summary.
 
@@ -161,12 +183,13 @@ def run(
         command: "run" for everything; otherwise only the stages of this command in one round, and what they need.
         number: the round; by default the first whose target is not trained yet (for "eval": the last that is).
         arms: with "train": only these controls, which then need not be among the config's, and their evaluation.
+        repeat: stages of a finished run whose settings or inputs have changed, and replace their results.
 
     Returns:
         The summary; of a part of a run, the records of its stages by name.
 
     Raises:
-        BilectError: one line on what is wrong with the input.
+        BilectError: one line on what is wrong with the input, or what has changed since the run there was finished.
     """
     distributed.start()
     main = distributed.is_main()
@@ -179,19 +202,26 @@ def run(
     inputs = texts.input_hashes(context)
     with locked(out) if main else nullcontext():
         directory = RunDir(out, config.seed, main=main, barrier=distributed.barrier)
-        directory.manifest["inputs"] = inputs
-        return _carry_out(context, directory, command, number, arms)
+        return _carry_out(context, directory, inputs, command, number, arms, repeat)
 
 
 def _carry_out(
-    context: RunContext, directory: RunDir, command: Command, number: int | None, arms: Sequence[str]
+    context: RunContext,
+    directory: RunDir,
+    inputs: Mapping[str, Any],
+    command: Command,
+    number: int | None,
+    arms: Sequence[str],
+    repeat: bool,
 ) -> dict[str, Any]:
-    config, out, main, inputs = context.config, context.root, distributed.is_main(), directory.manifest["inputs"]
+    config, out, main = context.config, context.root, distributed.is_main()
+    plan = stages(context, inputs)
+    chosen = plan if command == "run" else wanted(plan, states(plan, directory.manifest), command, number, arms)
+    check_repeats(out, directory.manifest, chosen, inputs, repeat=repeat)
+    directory.manifest["inputs"] = inputs
     if main:
         write_text(out / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    plan = stages(context, inputs)
     if command != "run":
-        chosen = wanted(plan, states(plan, directory.manifest), command, number, arms)
         records = {s.name: directory.stage(s.name, s.action, settings=s.settings, after=s.after) for s in chosen}
         directory.save()
         return {s.name: records[s.name] for s in chosen}
