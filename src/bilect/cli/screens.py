@@ -6,6 +6,7 @@ from typing import Any
 
 from bilect.config import Config, load_config
 from bilect.errors import BilectError
+from bilect.runtime.files import make_folder
 from bilect.runtime.progress import RichProgress
 from bilect.runtime.terminal import PlainConsole
 
@@ -77,6 +78,7 @@ def show_demo(out: Path, seed: int = 0) -> None:
     from bilect.demo.corpus import build_demo_corpus
     from bilect.demo.settings import demo_config
 
+    make_folder(out)  # before the corpus, which takes a while
     build_demo_corpus(out / "data")
     show_run(demo_config((out / "data").resolve(), seed), out)
 

@@ -37,11 +37,13 @@ def ends_promptly(line: str) -> Iterator[None]:
     Args:
         line: said on standard error in that case.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other may set handlers
+        return
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     watched = [
-        s
-        for s, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
-        if signal.getsignal(s) == usual
-    ]  # fmt: skip - nohup's are left alone
+        number for number, handler in usual.items() if signal.getsignal(number) == handler
+    ]  # nohup's are not ours
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
