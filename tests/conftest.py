@@ -1,4 +1,6 @@
-"""What every test shares: one thread (two ranks and the suite share two cores), and reproducible draws."""
+"""What every test shares: one thread unless OMP_NUM_THREADS says otherwise (two ranks and the suite share two
+cores), and reproducible draws.
+"""
 
 import os
 import shutil
@@ -27,7 +29,7 @@ def _cache() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)

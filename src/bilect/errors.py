@@ -8,8 +8,25 @@ from typing import Any
 __all__ = ["BilectError", "DivergedError", "explain", "reason"]
 
 
+# What the system says of a path, in words that end a line; whatever library met it, it is the user's to put right.
+_OF_A_PATH = {
+    errno.EACCES: "no permission to use {}",
+    errno.EPERM: "no permission to use {}",
+    errno.EROFS: "the disk is read-only: {}",
+    errno.ENAMETOOLONG: "the name is too long: {}",
+    errno.ENOTDIR: "a part of the path is no folder: {}",
+    errno.EEXIST: "something else is there already: {}",
+    errno.EISDIR: "a folder is where a file is to be written: {}",
+    errno.ELOOP: "a link that leads back to itself: {}",
+    errno.EMFILE: "too many open files ({}); raise the limit (ulimit -n)",
+    errno.EIO: "the disk failed: {}; nothing is half-written, and the same command goes on",
+    errno.ESTALE: "the network file system has lost {}; the same command goes on",
+    errno.ETIMEDOUT: "the network file system does not answer: {}; the same command goes on",
+}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_SIGNS = (*map(os.strerror, _FULL), *(f"os error {number}" for number in _FULL), "inline_container.cc")
+
+_READ_ONLY_SIGNS = (os.strerror(errno.EROFS), f"os error {errno.EROFS}")
 
 
 class BilectError(Exception):
@@ -51,8 +68,13 @@ def explain(error: BaseException) -> str | None:
             where = getattr(link, "filename", None)
             return (f"no space left on the device{f' ({where})' if where else ''}; nothing is half-written: free some, "
                     "then the same command goes on")  # fmt: skip
-        if isinstance(link, PermissionError):
-            return f"no permission to use {link.filename}"
+        if isinstance(link, OSError) and link.errno in _OF_A_PATH and link.filename is not None:
+            where = str(link.filename)
+            return _OF_A_PATH[link.errno].format(where if len(where) <= 300 else f"{where[:200]}...")
+        if any(sign in text for sign in _READ_ONLY_SIGNS):  # safetensors, DuckDB and Arrow have no number
+            return f"the disk is read-only ({text})"
+        if isinstance(link, FileNotFoundError) and "temporary directory" in text:
+            return "no folder for temporary files can be written; set TMPDIR to one that can"
         if type(link).__name__ == "OutOfMemoryError":
             return f"out of memory on the device ({text.split('.')[0]}); lower the batch sizes or use bf16"
     return None

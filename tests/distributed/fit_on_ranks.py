@@ -22,11 +22,12 @@ from tests.helpers import batch_of, documents, tiny_lm
 
 STEPS = 3
 LENGTHS = (9, 5, 20, 7, 3)  # five documents do not divide among two or three ranks; widths differ between ranks
+LEARNING_RATE = 1e-5
 UPPER_LENGTHS, UPPER_GIVEN = (6, 12, 9), (4, 1, 3)
 
 _COMMON: dict[str, Any] = {
     "steps": 10, "warmup_ratio": 0, "kl_coef": 0.3, "l2_coef": 0.01, "inner_steps": 2, "log_every": 1,
-    "proxy_learning_rate": 1e-5, "score_learning_rate": 1e-5,
+    "proxy_learning_rate": LEARNING_RATE, "score_learning_rate": LEARNING_RATE,
 }  # fmt: skip
 # model family, head of the score model, settings
 SCENARIOS: dict[str, tuple[str, Any, dict[str, Any]]] = {
@@ -60,10 +61,10 @@ def batches(lengths: tuple[int, ...], given: tuple[int, ...] | None, seed: int) 
 
 def run(scenario: str) -> dict[str, Any]:
     kind, head, choice = SCENARIOS[scenario]
-    proxy = tiny_lm(kind, layers=1, dtype=torch.float32)
-    target = tiny_lm("llama", layers=1, dtype=torch.float32, seed=5)
-    trunk = tiny_lm(kind, layers=1, dtype=torch.float32, seed=6)
-    score_model = ScoreModel.from_causal_lm(trunk, torch.Generator().manual_seed(3), head)
+    proxy = tiny_lm(kind, layers=1)
+    target = tiny_lm("llama", layers=1, seed=5)
+    trunk = tiny_lm(kind, layers=1, seed=6)
+    score_model = ScoreModel.from_causal_lm(trunk, torch.Generator().manual_seed(3), head).double()
     with torch.no_grad():
         score_model.linear.weight *= 30
     config = FitConfig(**{**_COMMON, **choice})

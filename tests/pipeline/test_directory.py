@@ -215,7 +215,7 @@ def test_finishing_clears_what_no_stage_wants_any_more(tmp_path):
 
 def test_two_processes_cannot_share_a_run_directory(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from bilect.pipeline.directory import locked\n"
+        "import sys, time; from pathlib import Path; from bilect.runtime.locks import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "r")], stdout=subprocess.PIPE, text=True)
@@ -230,7 +230,7 @@ def test_two_processes_cannot_share_a_run_directory(tmp_path):
         process.wait()
     for _ in range(2):
         with locked(tmp_path / "r"):  # the dead hold nothing
-            assert (tmp_path / "r" / ".lock").read_text().startswith(f"{os.getpid()} on ")
+            assert (tmp_path / "r" / ".lock.holder").read_text().startswith(f"{os.getpid()} on ")
 
 
 @pytest.mark.parametrize("text", ["{half", "[]", '{"stages": []}', "{}"])

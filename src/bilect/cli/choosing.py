@@ -20,6 +20,7 @@ def choose_with_progress(
     seed: int,
     overrides: Sequence[str],
     dry_run: bool,
+    yes: bool,
 ) -> None:
     """Choose, or show what choosing would cost."""
     from bilect.pipeline.choose import METHOD, choose, choosing_config
@@ -44,7 +45,7 @@ def choose_with_progress(
 
         logging.disable_progress_bar()
         progress.note(_plan_line(choosing_config(pool, target, **given)))
-        chosen = choose(pool, target, out, progress=progress, **given)
+        chosen = choose(pool, target, out, progress=progress, repeat=yes, **given)
         if not distributed.is_main():
             return
         title = (f"{chosen.documents:,} of {chosen.pool_documents:,} documents, "

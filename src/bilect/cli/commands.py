@@ -1,5 +1,6 @@
 """Command line: parse, call one function, set the exit code."""
 
+import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -10,6 +11,8 @@ import typer
 
 from bilect import __version__
 from bilect.errors import BilectError, explain
+from bilect.runtime.interrupts import Interrupted, ends_promptly
+from bilect.runtime.terminal import any_terminal, printable
 
 __all__ = ["app", "main"]
 
@@ -51,6 +54,9 @@ Overrides = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Only show the plan: tokens, operations, time. Writes nothing.")
 ]
+Yes = Annotated[
+    bool, typer.Option("--yes", help="Repeat stages of a finished run whose settings or inputs have changed.")
+]
 Round = Annotated[
     int | None, typer.Option("--round", help="Of which round; default: the first that is not trained yet.")
 ]
@@ -75,11 +81,12 @@ def demo(
         "runs/demo"
     ),
     seed: Annotated[int, typer.Option(help="Another seed, another run.")] = 0,
+    yes: Yes = False,
 ) -> None:
     """BLISS on real text, in minutes, on a CPU: selected against random data at equal tokens."""
     from bilect.cli.screens import show_demo
 
-    show_demo(out, seed)
+    show_demo(out, seed, repeat=yes)
 
 
 @app.command()
@@ -116,33 +123,43 @@ def choose(
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    yes: Yes = False,
 ) -> None:
     """Choose the part of a pool to train on: records as they came, scores, and a report. Nothing else is trained."""
     from bilect.cli.choosing import choose_with_progress
     from bilect.pipeline.reuse import selection_settings
 
     amount = selection_settings(keep_ratio=keep, budget_tokens=tokens, top_k=top_k)
-    choose_with_progress(pool, target, out, amount, method, model, seed, overrides or [], dry_run)
+    choose_with_progress(pool, target, out, amount, method, model, seed, overrides or [], dry_run, yes)
 
 
 @app.command()
-def run(config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def run(
+    config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False, yes: Yes = False
+) -> None:
     """Carry out a run, or what is left of it."""
-    _carry_out("run", config, out, overrides, None, dry_run)
+    _carry_out("run", config, out, overrides, None, dry_run, yes)
 
 
 @app.command()
-def warmup(config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def warmup(
+    config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False, yes: Yes = False
+) -> None:
     """Tokenise, and train proxy and target on random documents."""
-    _carry_out("warmup", config, out, overrides, None, dry_run)
+    _carry_out("warmup", config, out, overrides, None, dry_run, yes)
 
 
 @app.command()
 def fit(
-    config: Source, out: Out = None, number: Round = None, overrides: Overrides = None, dry_run: DryRun = False
+    config: Source,
+    out: Out = None,
+    number: Round = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
 ) -> None:
     """Fit the score model of a round (and what it needs)."""
-    _carry_out("fit", config, out, overrides, number, dry_run)
+    _carry_out("fit", config, out, overrides, number, dry_run, yes)
 
 
 @app.command()
@@ -152,6 +169,7 @@ def score(
     number: Round = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    yes: Yes = False,
     data: Annotated[
         list[str] | None,
         typer.Option(help="Score these files instead, with the score model of the run CONFIG; results go to --out."),
@@ -166,7 +184,7 @@ def score(
 
         score_with_progress(config, data, _needed(out, "score --data"), field or [])
     else:
-        _carry_out("score", config, out, overrides, number, dry_run)
+        _carry_out("score", config, out, overrides, number, dry_run, yes)
 
 
 @app.command()
@@ -189,6 +207,7 @@ def select(
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; default: RUN/selections/NAME.")] = None,
     number: Annotated[int | None, typer.Option("--round", help="Scores of which round; default: the last.")] = None,
     overrides: Overrides = None,
+    yes: Yes = False,
 ) -> None:
     """Keep another share, budget or mix from scores that are there: no new scoring."""
     from bilect.cli.screens import select_with_progress
@@ -208,7 +227,7 @@ def select(
         select_with_progress(source, out, settings, number, seed)
     else:
         pairs = [f"selection={settings}"] if settings else []
-        _carry_out("select", source, out, [*pairs, *(overrides or [])], number, False)
+        _carry_out("select", source, out, [*pairs, *(overrides or [])], number, False, yes)
 
 
 @app.command()
@@ -222,17 +241,23 @@ def train(
     ] = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    yes: Yes = False,
 ) -> None:
     """Train the target, and its controls, on the documents of a round; or compare ways to choose tokens (--method)."""
-    _carry_out("train", config, out, overrides, number, dry_run, [m.value for m in method or []])
+    _carry_out("train", config, out, overrides, number, dry_run, yes, [m.value for m in method or []])
 
 
 @app.command("eval")
 def evaluate(
-    config: Source, out: Out = None, number: Round = None, overrides: Overrides = None, dry_run: DryRun = False
+    config: Source,
+    out: Out = None,
+    number: Round = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
 ) -> None:
     """Held-out losses of the targets of a round."""
-    _carry_out("eval", config, out, overrides, number, dry_run)
+    _carry_out("eval", config, out, overrides, number, dry_run, yes)
 
 
 @app.command()
@@ -241,11 +266,15 @@ def compare(
     out: Annotated[Path, typer.Option("--out", help="Folder; an unfinished comparison there goes on.")],
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    yes: Yes = False,
 ) -> None:
     """Every method over several seeds at equal tokens: gains with their intervals, costs, learning curves, overlap."""
     from bilect.cli.screens import compare_with_progress, plan_comparison
 
-    (plan_comparison if dry_run else compare_with_progress)(config, out, overrides or [])
+    if dry_run:
+        plan_comparison(config, out, overrides or [])
+    else:
+        compare_with_progress(config, out, overrides or [], repeat=yes)
 
 
 @app.command()
@@ -296,6 +325,7 @@ def _carry_out(
     overrides: list[str] | None,
     number: int | None,
     dry_run: bool,
+    yes: bool,
     arms: Sequence[str] = (),
 ) -> None:
     from bilect.cli.screens import plan_on_screen, run_with_progress
@@ -308,7 +338,7 @@ def _carry_out(
     if dry_run:
         plan_on_screen(source, folder, overrides or [], arms)
     else:
-        run_with_progress(source, folder, overrides or [], command=command, number=number, arms=arms)
+        run_with_progress(source, folder, overrides or [], command=command, number=number, arms=arms, repeat=yes)
 
 
 def _needed(out: Path | None, command: str) -> Path:
@@ -319,14 +349,17 @@ def _needed(out: Path | None, command: str) -> Path:
 
 def main() -> None:
     """Entry point: what the user can put right is one line on stderr and exit code 2."""
+    any_terminal()
+    interrupted = "bilect: interrupted; the same command goes on from here"
     try:
-        app()
-    except KeyboardInterrupt:
-        print("bilect: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        with ends_promptly(interrupted):
+            app()
+    except Interrupted as error:
+        print(interrupted, file=sys.stderr, flush=True)
+        os._exit(error.code)  # now: threads and processes of libraries are not waited for
     except Exception as error:
         message = explain(error)
         if message is None:
             raise
-        print(f"bilect: {message}", file=sys.stderr)
+        print(f"bilect: {printable(message)}", file=sys.stderr)
         sys.exit(2)

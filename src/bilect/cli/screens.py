@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from bilect.config import Config, load_config
 from bilect.errors import BilectError
+from bilect.runtime.files import make_folder
 from bilect.runtime.progress import RichProgress
+from bilect.runtime.terminal import PlainConsole
 
 if TYPE_CHECKING:
     from bilect.pipeline.plan import PlannedStage
@@ -32,13 +34,20 @@ def run_with_progress(
     command: str = "run",
     number: int | None = None,
     arms: Sequence[Any] = (),
+    repeat: bool = False,
 ) -> None:
     """``bilect run`` and its parts: read the config, then ``show_run``."""
-    show_run(load_config(config_file, overrides), out, command=command, number=number, arms=arms)
+    show_run(load_config(config_file, overrides), out, command=command, number=number, arms=arms, repeat=repeat)
 
 
 def show_run(
-    config: Config, out: Path, *, command: Any = "run", number: int | None = None, arms: Sequence[Any] = ()
+    config: Config,
+    out: Path,
+    *,
+    command: Any = "run",
+    number: int | None = None,
+    arms: Sequence[Any] = (),
+    repeat: bool = False,
 ) -> dict[str, Any]:
     """Carry out a run, or one part of it, with live progress, and print its table."""
     with RichProgress() as progress:
@@ -48,7 +57,7 @@ def show_run(
         from bilect.runtime import distributed
 
         logging.disable_progress_bar()  # ours says more
-        summary = run(config, out, progress, command=command, number=number, arms=arms)
+        summary = run(config, out, progress, command=command, number=number, arms=arms, repeat=repeat)
         if not distributed.is_main():
             return summary
         if command != "run":
@@ -71,7 +80,7 @@ def show_run(
     return summary
 
 
-def show_demo(out: Path, seed: int = 0) -> None:
+def show_demo(out: Path, seed: int = 0, *, repeat: bool = False) -> None:
     """``bilect demo``: build the corpus, carry out the run, show the table.
 
     Raises:
@@ -80,8 +89,9 @@ def show_demo(out: Path, seed: int = 0) -> None:
     from bilect.demo.corpus import build_demo_corpus
     from bilect.demo.settings import demo_config
 
+    make_folder(out)  # before the corpus, which takes a while
     build_demo_corpus(out / "data")
-    show_run(demo_config((out / "data").resolve(), seed), out)
+    show_run(demo_config((out / "data").resolve(), seed), out, repeat=repeat)
 
 
 def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str], arms: Sequence[Any] = ()) -> None:
@@ -93,7 +103,6 @@ def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str], arms:
 
 def show_plan(lines: "Sequence[PlannedStage]", out: Path) -> None:
     """A plan as a table."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"Plan of {out}: nothing is written")
@@ -106,19 +115,18 @@ def show_plan(lines: "Sequence[PlannedStage]", out: Path) -> None:
     table.add_section()
     sums = [sum(getattr(line, name) for line in left) for name in ("tokens", "flops", "seconds")]
     table.add_row("left in all", "", f"{sums[0]:,}", f"{sums[1] / 1e12:,.2f}", _duration(sums[2]))
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     console.print(table)
     console.print("Tokens are estimated from samples of the files; times from a short probe of this machine.")
 
 
-def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str]) -> None:
+def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str], *, repeat: bool = False) -> None:
     """``bilect compare``: a line per finished stage, then a table and the verdict of each variant."""
-    from rich.console import Console
-
     from bilect.compare import compare
 
-    console = Console(highlight=False, soft_wrap=True)
-    comparison = compare(load_config(config_file, overrides), out, lambda line: console.print(line, style="dim"))
+    console = PlainConsole()
+    config = load_config(config_file, overrides)
+    comparison = compare(config, out, lambda line: console.print(line, style="dim"), repeat=repeat)
     for name, variant in comparison["variants"].items():
         console.print(_comparison_table(name, variant))
         console.print(" ".join(variant["verdict"]))
@@ -127,7 +135,6 @@ def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str]
 
 def plan_comparison(config_file: Path, out: Path, overrides: Sequence[str]) -> None:
     """``bilect compare --dry-run``: what is left of each variant, and what it costs."""
-    from rich.console import Console
     from rich.table import Table
 
     from bilect.compare.plan import plan_cells
@@ -143,7 +150,7 @@ def plan_comparison(config_file: Path, out: Path, overrides: Sequence[str]) -> N
     table.add_section()
     table.add_row("in all", str(sum(n.runs for n in lines)), str(sum(n.stages for n in lines)),
                   f"{sum(n.flops for n in lines) / 1e12:,.2f}", _duration(sum(n.seconds for n in lines)))  # fmt: skip
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole()
     console.print(table)
     console.print("Times are of one run after the other, without those of choosing by other methods.")
 

@@ -12,13 +12,16 @@ from bilect.config import Config
 __all__ = ["compare"]
 
 
-def compare(config: Config, out: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def compare(
+    config: Config, out: Path, say: Callable[[str], None] = lambda line: None, *, repeat: bool = False
+) -> dict[str, Any]:
     """Carry out a comparison, or what is left of it, and write ``comparison.json``, ``.csv`` and ``.html``.
 
     Args:
         config: a run's, with ``compare``.
         out: folder; every cell of the comparison has its run directory there.
         say: takes a line for the reader whenever a stage has finished.
+        repeat: as of ``pipeline.stages.run``.
 
     Returns:
         The content of ``comparison.json``, see ``comparison.compare_runs``.
@@ -37,7 +40,7 @@ def compare(config: Config, out: Path, say: Callable[[str], None] = lambda line:
     found = cells(config, out)
     check(found)
     with locked(out):
-        carry_out(found, config.compare.workers, say)
+        carry_out(found, config.compare.workers, say, repeat=repeat)
         comparison = compare_runs(found, config.compare.variants)
         write_json(out / "comparison.json", comparison)
         write_text(out / "comparison.csv", csv_text(comparison))

@@ -35,7 +35,7 @@ def _gpu_names() -> list[str]:
     return visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
 
 
-def carry_out(cells: Sequence[Cell], workers: int | None, say: Callable[[str], None]) -> None:
+def carry_out(cells: Sequence[Cell], workers: int | None, say: Callable[[str], None], *, repeat: bool = False) -> None:
     """Run all cells, or what is left of them; those of a variant once the base of their seed is done.
 
     Args:
@@ -54,7 +54,7 @@ def carry_out(cells: Sequence[Cell], workers: int | None, say: Callable[[str], N
     failed = list[Exception]()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start,
                              initargs=(messages, numbers, workers, _gpu_names())) as pool:  # fmt: skip
-        running: dict[Future[None], Cell] = {pool.submit(_run, c): c for c in cells if c.base is None}
+        running: dict[Future[None], Cell] = {pool.submit(_run, c, repeat): c for c in cells if c.base is None}
         try:
             while running:
                 done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
@@ -73,7 +73,7 @@ def carry_out(cells: Sequence[Cell], workers: int | None, say: Callable[[str], N
                         failed.append(error)
                         say(f"compare: {cell.name}: {type(error).__name__}: {error}")
                     else:
-                        running |= {pool.submit(_run, c): c for c in cells if c.base == cell.folder}
+                        running |= {pool.submit(_run, c, repeat): c for c in cells if c.base == cell.folder}
         except BrokenProcessPool as error:
             raise BilectError("compare: a worker process was killed, perhaps for want of memory; the same command goes "
                               "on, with fewer compare.workers") from error  # fmt: skip
@@ -98,11 +98,11 @@ def _start(messages: "Queue[str]", numbers: "Queue[int]", workers: int, gpus: li
     logging.disable_progress_bar()
 
 
-def _run(cell: Cell) -> None:
+def _run(cell: Cell, repeat: bool) -> None:
     from bilect.pipeline.stages import run
 
     share(cell)
-    run(cell.config, cell.folder, _Notes(cell.name))
+    run(cell.config, cell.folder, _Notes(cell.name), repeat=repeat)
 
 
 class _Notes(SilentProgress):

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel
 
 from bilect.config import Config, SourceConfig
-from bilect.errors import BilectError
+from bilect.errors import BilectError, reason
 
 __all__ = ["Size", "config_template", "starting_values", "write_template"]
 
@@ -148,9 +148,11 @@ def write_template(path: Path, values: Mapping[str, Any]) -> None:
     Raises:
         BilectError: the file exists.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(config_template(_seen_from(path.parent, values)))
-    except FileExistsError as error:
-        raise BilectError(f"init: {path} exists; name another file, or remove it") from error
+    except OSError as error:
+        if isinstance(error, FileExistsError) and path.exists():
+            raise BilectError(f"init: {path} exists; name another file, or remove it") from error
+        raise BilectError(f"init: cannot write {path}: {reason(error)}; name another file") from error

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from bilect.errors import BilectError, reason
+from bilect.models.own_memory import own_memory
 from bilect.models.presets import PRESETS, preset_config
 from bilect.models.score_model import ScoreModel
 
@@ -107,7 +108,7 @@ def _from_pretrained(cls: Any, what: str, spec: str, wanted: str, **settings: An
         if keys:
             others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise BilectError(f"{what}: cannot load {spec!r}: weights {problem}: {keys[0]}{others} ({wanted})")
-    return model
+    return own_memory(model)
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from bilect.models.own_memory import own_memory
+
 __all__ = ["ScoreModel", "ScoreModelConfig", "ScoreOutput"]
 
 
@@ -66,6 +68,13 @@ class ScoreModel(PreTrainedModel):
         if module is getattr(self, "linear", None):
             nn.init.normal_(self.linear.weight, std=0.02)
             nn.init.zeros_(self.linear.bias)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **settings: Any) -> Any:
+        """As in transformers, with the weights in memory of their own: it scores what the saved model scored."""
+        loaded = super().from_pretrained(*args, **settings)
+        own_memory(loaded[0] if isinstance(loaded, tuple) else loaded)  # with output_loading_info, a report is second
+        return loaded
 
     @classmethod
     def from_causal_lm(

@@ -13,6 +13,7 @@ from typing import Any
 from bilect.config import Config, parse_config
 from bilect.config.base import put
 from bilect.errors import BilectError
+from bilect.pipeline.directory import RunDir
 from bilect.pipeline.stages import run
 from bilect.report import write_report
 from bilect.runtime import distributed
@@ -87,6 +88,7 @@ def choose(
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    repeat: bool = False,
 ) -> Chosen:
     """Choose the part of a pool to train on. The same call goes on where an interrupted one stopped.
 
@@ -106,6 +108,7 @@ def choose(
         seed: of every random draw.
         settings: further settings of a run, as ``{"data.context": 512}``.
         progress: what the reader sees; nothing by default.
+        repeat: choose again in a folder that holds a finished choice of other settings or files, and replace it.
 
     Returns:
         Paths and figures.
@@ -117,7 +120,7 @@ def choose(
         pool, target, keep=keep, tokens=tokens, top_k=top_k, method=method, model=model, seed=seed, settings=settings
     )
     folder, progress = Path(out).resolve(), progress or SilentProgress()
-    records = run(config, folder, progress, command="select", number=1)
+    records = run(config, folder, progress, command="select", number=1, repeat=repeat)
     selected, scored = records[f"round 1: select {method}"], records["tokenise pool"]
     result = folder / "round-1"
     chosen = Chosen(
@@ -136,6 +139,7 @@ def choose(
                      for key in ("seconds", "flops")}  # fmt: skip
             write_json(folder / "summary.json", {"method": method, **plain, **costs})
             write_report(folder)
+            RunDir(folder, seed).finish()
     distributed.barrier()
     return chosen
 

@@ -28,7 +28,7 @@ from typing import Any
 from bilect.errors import BilectError
 from bilect.runtime.files import content_hash, flush, write_json
 
-__all__ = ["RunDir", "StageResult", "read_manifest", "stage_key"]
+__all__ = ["RunDir", "StageResult", "plain", "read_manifest", "stage_key"]
 
 StageResult = dict[str, Any]
 
@@ -36,6 +36,11 @@ StageResult = dict[str, Any]
 def stage_key(name: str, settings: Any, after: Sequence[str | None]) -> str:
     """Key of a stage from its name, its settings, and the keys of the stages it builds on."""
     return content_hash([name, settings, list(after)])
+
+
+def plain(settings: Any) -> Any:
+    """Settings as they are when read back from JSON; what has no form there as its text, as in the key."""
+    return json.loads(json.dumps(settings, default=str))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -117,7 +122,8 @@ class RunDir:
             after: names of the stages whose results it reads.
 
         Returns:
-            The record: the figures, ``seconds`` (of the attempt that finished) and ``key``.
+            The record: the figures, ``seconds`` (of the attempt that finished), ``key``, and the settings of the key
+            (``made_of``).
         """
         key = self.key(name, settings, after)
         scratch = self.path / ".partial" / _folder_name(name)
@@ -135,7 +141,8 @@ class RunDir:
             self._barrier()
             if self._main:
                 flush(scratch)
-                write_json(finished, {**figures, "seconds": round(time.perf_counter() - start, 3), "key": key})
+                seconds = round(time.perf_counter() - start, 3)
+                write_json(finished, {**figures, "seconds": seconds, "key": key, "made_of": plain(settings)})
         self._barrier()  # nobody still looks for the file
         if self._main:
             self._put_in_place(name, scratch, finished)

@@ -15,6 +15,7 @@ import torch
 from bilect.methods import methods_of
 from bilect.methods.contract import DocumentMethod, Method
 from bilect.pipeline import choosing, downstream, texts, training
+from bilect.pipeline.changes import model_content, sources_content
 from bilect.pipeline.context import RunContext
 from bilect.runtime import distributed
 from bilect.runtime.memory import peak_gb, reset_peak
@@ -64,18 +65,19 @@ class Graph:
         self.methods: dict[str, Method[Any]] = methods_of(context.config)
         self.settings = context.config.model_dump(mode="json")
         warmup = self.settings["warmup"]
-        self.drawing = {"seed": self.config.seed, "ranks": distributed.world_size(), "share": warmup["share"],
-                        "candidates": warmup["candidates"]}  # fmt: skip
+        self.drawing = {"seed": self.config.seed, "ranks": distributed.world_size(),
+                        **{f"warmup.{name}": warmup[name] for name in ("share", "candidates")}}  # fmt: skip
         self.shards = {**self.drawing, "rounds": self.config.rounds}
 
     # ------------------------------------------------------------------------------------------------------- texts
 
     def tokenise_pool(self) -> Stage:
         """Tokenizer and pool; the target sets have stages of their own, so that another target reads no pool again."""
-        data = {k: v for k, v in self.settings["data"].items() if k not in ("upper_data", "heldout_data")}
+        data = {k: v for k, v in self.settings["data"].items() if k not in ("lower_data", "upper_data", "heldout_data")}
         return self._stage(
             "tokenise pool", "warmup", texts.tokenise_pool,
-            settings=[{**data, "tokenizer": texts.given_tokenizer(self.config)}, self.inputs["lower_data"]],
+            settings={"data": {**data, "tokenizer": model_content(texts.given_tokenizer(self.config))},
+                      "data.lower_data": self._sources("lower_data")},
             reads=[], writes=["tokenizer", "tokens/pool", "tokens/pool.json", "tokens/skipped-pool.jsonl"],
         )  # fmt: skip
 
@@ -83,7 +85,7 @@ class Graph:
         """Held-out sets. Their documents are taken out of the pool: all that draws from the pool comes after it."""
         return self._stage(
             "tokenise held-out", "warmup", texts.tokenise_heldout,
-            settings=[self.settings["data"]["heldout_data"], self.inputs["heldout_data"]],
+            settings={"data.heldout_data": self._sources("heldout_data")},
             reads=["tokenise pool"],
             writes=["tokens/heldout", "tokens/held-out.json", "tokens/skipped-held-out.jsonl"],
         )  # fmt: skip
@@ -92,7 +94,7 @@ class Graph:
         """Target sets."""
         return self._stage(
             "tokenise upper", "warmup", texts.tokenise_upper,
-            settings=[self.settings["data"]["upper_data"], self.inputs["upper_data"]],
+            settings={"data.upper_data": self._sources("upper_data")},
             reads=["tokenise held-out"], writes=["tokens/upper", "tokens/skipped-upper.jsonl"],
         )  # fmt: skip
 
@@ -102,7 +104,8 @@ class Graph:
         """Round 0: a model trains on random documents."""
         return self._stage(
             f"warm up {role}", "warmup", training.warm_up, role=role,
-            settings=[self.drawing, self.settings["models"][role], self.settings["warmup"][role]],
+            settings={**self.drawing, f"models.{role}": model_content(self.settings["models"][role]),
+                      f"warmup.{role}": self.settings["warmup"][role]},
             reads=["tokenise held-out"], writes=[f"warmup/{role}"],
         )  # fmt: skip
 
@@ -116,7 +119,7 @@ class Graph:
                 f"round {number - 1}: fit {arm}": number > 1}  # fmt: skip
         return self._stage(
             "fit", "fit", choosing.fit, arm=arm, number=number,
-            settings=[self.shards, method.settings(number), self.settings["fit"]["bf16"]],
+            settings={**self.shards, arm: method.settings(number), "fit.bf16": self.settings["fit"]["bf16"]},
             reads=["tokenise held-out", *(name for name, is_used in used.items() if is_used)], writes=["method"],
         )  # fmt: skip
 
@@ -124,27 +127,27 @@ class Graph:
         """All documents of the shard."""
         return self._stage(
             "score", "score", choosing.score, arm=arm, number=number,
-            settings=[], reads=[f"round {number}: fit {arm}"], writes=["scores"],
+            settings={}, reads=[f"round {number}: fit {arm}"], writes=["scores"],
         )  # fmt: skip
 
     def select(self, arm: str, number: int) -> Stage:
         """What is kept."""
         return self._stage(
             "select", "select", choosing.select, arm=arm, number=number,
-            settings=choosing.rule_of(self._chooser(arm), self.config.selection).model_dump(mode="json"),
+            settings={"selection": choosing.rule_of(self._chooser(arm), self.config.selection).model_dump(mode="json")},
             reads=[f"round {number}: score {arm}"], writes=["selected", "extremes.json"],
         )  # fmt: skip
 
     def train(self, arm: str, number: int) -> Stage:
         """The arm's target trains on what was kept, or on the whole shard."""
-        settings = [self.shards, self.settings["training"]]
+        settings = {**self.shards, "training": self.settings["training"]}
         reads = [self._target_of(arm, number)]
         reads.append(f"round {number}: select {arm}" if self.methods[arm].scores_documents else "tokenise held-out")
         if (online := self.config.online_of(arm)) is not None:
-            settings.append(online.model_dump())
+            settings["online"] = online.model_dump(mode="json")
             reads += ["tokenise upper"] if online.needs_upper_data else []
         if self.config.curve.every is not None:
-            settings.append(self.settings["curve"])
+            settings["curve"] = self.settings["curve"]
         return self._stage(
             "train", "train", training.train_arm, arm=arm, number=number,
             settings=settings, reads=reads, writes=["target", "target-decayed"],
@@ -155,7 +158,7 @@ class Graph:
         arm = self.config.method
         return self._stage(
             "fidelity", "eval", training.fidelity, number=number,
-            settings=[], reads=[f"round {number}: fit {arm}", f"round {number}: train {arm}"],
+            settings={}, reads=[f"round {number}: fit {arm}", f"round {number}: train {arm}"],
             writes=[f"{self.run.arm_folder(arm, number)}/fidelity.json"],
         )  # fmt: skip
 
@@ -165,7 +168,7 @@ class Graph:
         """Held-out losses of an arm's target after a round; arm "warm" is the warmed-up target."""
         return self._stage(
             "evaluate", "eval", training.evaluate, arm=arm, number=number, folder=self.run.target_folder(arm, number),
-            settings=[], reads=["tokenise held-out", self._trained(arm, number)], writes=["eval.json"],
+            settings={}, reads=["tokenise held-out", self._trained(arm, number)], writes=["eval.json"],
         )  # fmt: skip
 
     def tasks(self, arm: str, number: int) -> Stage:
@@ -173,7 +176,8 @@ class Graph:
         return self._stage(
             "tasks", "eval", downstream.evaluate_on_tasks, arm=arm, number=number,
             folder=self.run.target_folder(arm, number),
-            settings=[self.settings["tasks"], self.inputs["tasks"], self.settings["data"]["context"]],
+            settings={"tasks": self.settings["tasks"], "content": self.inputs["tasks"],
+                      "data.context": self.settings["data"]["context"]},
             reads=[self._trained(arm, number)], writes=["tasks.json"],
         )  # fmt: skip
 
@@ -182,7 +186,7 @@ class Graph:
         arm, last = self.config.method, self.config.rounds
         return self._stage(
             "publish", "run", training.publish,
-            settings=[], reads=[f"round {last}: fit {arm}", f"round {last}: train {arm}"],
+            settings={}, reads=[f"round {last}: fit {arm}", f"round {last}: train {arm}"],
             writes=["proxy", "score_model", "target"],
         )  # fmt: skip
 
@@ -215,6 +219,10 @@ class Graph:
             name, partial(_measured, self.run, partial(body, self.run, **given)), settings, tuple(reads),
             tuple(below + path for path in writes), command, kind, number, arm,
         )  # fmt: skip
+
+    def _sources(self, role: Literal["lower_data", "upper_data", "heldout_data"]) -> list[dict[str, Any]]:
+        sources = getattr(self.config.data, role)
+        return sources_content(sources, self.inputs[role], named=role != "lower_data")
 
     def _chooser(self, arm: str) -> DocumentMethod[Any]:
         method = self.methods[arm]

@@ -19,6 +19,7 @@ from bilect.errors import BilectError
 from bilect.methods import methods_of
 from bilect.methods.contract import DocumentMethod
 from bilect.pipeline import texts
+from bilect.pipeline.changes import check_repeats
 from bilect.pipeline.context import RunContext
 from bilect.pipeline.directory import RunDir, stage_key
 from bilect.pipeline.graph import Command, Graph, Stage
@@ -71,6 +72,7 @@ def run(
     command: Command = "run",
     number: int | None = None,
     arms: Sequence[str] = (),
+    repeat: bool = False,
 ) -> dict[str, Any]:
     """Carry out a run, or what is left of it, and return its summary.
 
@@ -81,12 +83,13 @@ def run(
         command: "run" for everything; otherwise only the stages of this command in one round, and what they need.
         number: the round; by default the first whose target is not trained yet (for "eval": the last that is).
         arms: with "train": only these controls, which then need not be among the config's, and their evaluation.
+        repeat: stages of a finished run whose settings or inputs have changed, and replace their results.
 
     Returns:
         The summary; of a part of a run, the records of its stages by name.
 
     Raises:
-        BilectError: one line on what is wrong with the input.
+        BilectError: one line on what is wrong with the input, or what has changed since the run there was finished.
     """
     distributed.start()
     main = distributed.is_main()
@@ -102,19 +105,26 @@ def run(
     inputs = texts.input_hashes(context)
     with locked(out) if main else nullcontext():
         directory = RunDir(out, config.seed, main=main, barrier=distributed.barrier)
-        directory.manifest["inputs"] = inputs
-        return _carry_out(context, directory, command, number, arms)
+        return _carry_out(context, directory, inputs, command, number, arms, repeat)
 
 
 def _carry_out(
-    context: RunContext, directory: RunDir, command: Command, number: int | None, arms: Sequence[str]
+    context: RunContext,
+    directory: RunDir,
+    inputs: Mapping[str, Any],
+    command: Command,
+    number: int | None,
+    arms: Sequence[str],
+    repeat: bool,
 ) -> dict[str, Any]:
-    config, out, main, inputs = context.config, context.root, distributed.is_main(), directory.manifest["inputs"]
+    config, out, main = context.config, context.root, distributed.is_main()
+    plan = stages(context, inputs)
+    chosen = plan if command == "run" else wanted(plan, states(plan, directory.manifest), command, number, arms)
+    check_repeats(out, directory.manifest, chosen, inputs, repeat=repeat)
+    directory.manifest["inputs"] = inputs
     if main:
         write_text(out / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    plan = stages(context, inputs)
     if command != "run":
-        chosen = wanted(plan, states(plan, directory.manifest), command, number, arms)
         records = {s.name: directory.stage(s.name, s.action, settings=s.settings, after=s.reads) for s in chosen}
         directory.save()
         return {s.name: records[s.name] for s in chosen}

@@ -7,7 +7,30 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["content_hash", "flush", "write_json", "write_text"]
+from bilect.errors import BilectError, reason
+
+__all__ = ["content_hash", "flush", "make_folder", "write_json", "write_text"]
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for results, with those above it, and see that it can be written: before hours of work.
+
+    Raises:
+        BilectError: a file is in the way, the disk is read-only, the name is too long, there is no permission ...
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        in_the_way = next((p for p in (path, *path.parents) if os.path.lexists(p) and not p.is_dir()), None)
+        problem = f"{in_the_way} is no folder" if in_the_way else reason(error)
+        raise BilectError(f"cannot write in {_short(path)}: {problem}; choose another folder (--out)") from error
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def write_text(path: Path, text: str) -> None:

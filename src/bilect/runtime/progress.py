@@ -6,6 +6,10 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
 
+from rich.text import Text
+
+from bilect.runtime.terminal import PlainConsole, printable
+
 __all__ = ["Progress", "RichProgress", "SilentProgress", "Task"]
 
 
@@ -47,7 +51,7 @@ class _RichTask:
     def __init__(self, owner: "RichProgress", name: str, total: float | None, unit: str | None) -> None:
         self.owner, self.name, self.unit = owner, name, unit
         self.shown, self.done, self.start = "", 0.0, time.perf_counter()
-        self.id = owner.bars.add_task(name, total=total, figures="")
+        self.id = owner.bars.add_task(printable(name), total=total, figures="")
 
     def advance(self, amount: float = 1, **figures: float | None) -> None:
         self.done += amount
@@ -68,17 +72,16 @@ class RichProgress:
     """A live display on a terminal; one line per finished stage elsewhere. Use as a context manager."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        self.console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self.console = PlainConsole()
         self.bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(bar_width=24),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}", style="dim"),
+            TextColumn("{task.fields[figures]}", style="dim", markup=False),
             console=self.console,
             transient=True,
         )
@@ -97,11 +100,12 @@ class RichProgress:
         start = time.perf_counter()
         task = _RichTask(self, name, total, unit)
         if not self.console.is_terminal:
-            self.console.print(f"  [dim]...[/dim] {name}")
+            self.console.print(Text.assemble(("  ...", "dim"), f" {printable(name)}"))
         try:
             yield task
             seconds = time.perf_counter() - start
-            self.console.print(f"  [green]done[/green] {name:<30} {seconds:7.1f} s   [dim]{task.figures}[/dim]")
+            line = f" {printable(name):<30} {seconds:7.1f} s   "
+            self.console.print(Text.assemble(("  done", "green"), line, (task.figures, "dim")))
         finally:
             self.bars.remove_task(task.id)
 

@@ -4,13 +4,25 @@ import os
 import threading
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
+from pathlib import Path
 
 __all__ = ["cores", "end_with_parent"]
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # control groups of version 2, of version 1
+
+
+def cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: those it is bound to, or the share of time that its container is allowed."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in _QUOTAS:
+        try:
+            quota, period = (int(n) for file in files for n in (groups / file).read_text(encoding="utf-8").split())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        if quota > 0 and period > 0:
+            return max(1, min(bound, -(-quota // period)))
+    return bound
 
 
 def end_with_parent() -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bilect import __version__
-from bilect.runtime.files import write_json, write_text
+from bilect.runtime.files import make_folder, write_json, write_text
+from bilect.runtime.terminal import PlainConsole
 from bilect.verify import implicit, penalty, practice, selections
 from bilect.verify.claims import Claim, Reported
 from bilect.verify.exact import solve
@@ -76,9 +77,9 @@ def run_verify(out: Path, quick: bool = False) -> int:
     Returns:
         The exit code: 0 where every tolerance is met, else 1.
     """
-    out.mkdir(parents=True, exist_ok=True)  # now rather than after minutes
+    make_folder(out)  # now rather than after minutes
     start = time.perf_counter()
-    figures, found = study(QUICK if quick else FULL, Console(stderr=True, highlight=False))
+    figures, found = study(QUICK if quick else FULL, PlainConsole(stderr=True, soft_wrap=False))
     claims = [c for c in found if isinstance(c, Claim)]
     reported = [c for c in found if isinstance(c, Reported)]
     missed = sum(not c.passed for c in claims)
@@ -94,7 +95,7 @@ def run_verify(out: Path, quick: bool = False) -> int:
     }
     write_json(out / "verify.json", result)
     write_text(out / "verify.html", render(result))
-    console = Console(highlight=False)
+    console = PlainConsole(soft_wrap=False)
     console.print(_claims(claims), _reported(reported), sep="\n")
     console.print(
         f"{len(claims) - missed} of {len(claims)} claims hold, in {result['seconds']:.0f} s. {out / 'verify.html'}"
@@ -102,7 +103,7 @@ def run_verify(out: Path, quick: bool = False) -> int:
     return 0 if missed == 0 else 1
 
 
-def study(sizes: Sizes, console: Console) -> tuple[dict[str, Any], list[Claim | Reported]]:
+def study(sizes: Sizes, console: PlainConsole) -> tuple[dict[str, Any], list[Claim | Reported]]:
     """All figures, by panel, and what is claimed and reported of them."""
     figures: dict[str, Any] = {name: [] for name in PANELS}
     found: list[Claim | Reported] = []
@@ -155,7 +156,7 @@ def _claims(claims: Sequence[Claim]) -> Table:
     table.add_column("tolerance", justify="right")
     table.add_column("")
     for c in claims:
-        table.add_row(c.panel, c.text, f"{c.value:.4g}", c.tolerance, "ok" if c.passed else "[red]MISSED[/]",
+        table.add_row(c.panel, c.text, f"{c.value:.4g}", c.tolerance, "ok" if c.passed else Text("MISSED", style="red"),
                       style=None if c.passed else "bold")  # fmt: skip
     return table
 
