@@ -23,7 +23,7 @@ from bilect.runtime import distributed
 from bilect.runtime.files import write_json
 from bilect.runtime.seeds import derive_seed
 from bilect.selection.near_duplicates import within_cap
-from bilect.selection.records import kept_ids
+from bilect.selection.records import kept_rows
 from bilect.training import evaluation
 from bilect.training.curve import HeldoutCurve
 from bilect.training.train import NotANumberError, Online, forget_training, train
@@ -162,8 +162,7 @@ def _rows_of(run: RunContext, arm: str, number: int, pool: TokenStore) -> np.nda
     if arm in WHOLE_POOL:
         return shard
     if arm != "random":
-        ids = set(kept_ids((run.root / target_folder(arm, number)).with_name("selected")))
-        return np.array([i for i, d in zip(shard, pool.doc_ids(shard), strict=True) if d in ids])
+        return kept_rows((run.root / target_folder(arm, number)).with_name("selected"), pool)
     generator = np.random.default_rng(derive_seed(run.config.seed, "random", number))
     order = generator.permutation(shard)
     if pool.weight_R is not None:  # a weighted draw without replacement (Efraimidis and Spirakis 2006)

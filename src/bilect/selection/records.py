@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
+import numpy as np
 import pyarrow.parquet as pq
 
 from bilect.data.tokens import TokenStore
@@ -77,7 +78,7 @@ def kept_ids(selected: Path) -> list[str]:
         return [row[0] for row in db.execute(f"SELECT doc_id FROM {_kept(selected)} ORDER BY rank").fetchall()]
 
 
-def kept_rows(selected: Path, store: TokenStore) -> Any:
+def kept_rows(selected: Path, store: TokenStore) -> np.ndarray:
     """Rows of the kept documents in a store, in the order of the store: (D,) integers.
 
     Raises:
@@ -89,7 +90,7 @@ def kept_rows(selected: Path, store: TokenStore) -> Any:
         found = db.execute(query).fetchnumpy()["row"]
         (wanted,) = db.execute(f"SELECT count(*) FROM {_kept(selected)}").fetchall()[0]
     _check_count(len(found), wanted)
-    return found
+    return np.asarray(found)
 
 
 _PARTS = ("kept", "dropped")
