@@ -16,13 +16,15 @@ import zstandard
 from bilect.config import SourceConfig, parse_config
 from bilect.data.documents import read_documents
 from bilect.errors import BilectError
+from bilect.models.loading import train_tokenizer
 from bilect.pipeline.context import RunContext
-from bilect.pipeline.texts import pool_inputs, tokenise_pool
+from bilect.pipeline.texts import pool_inputs, tokenise_files
 from bilect.runtime.progress import SilentProgress
 from bilect.selection.originals import write_records
 from bilect.selection.records import attach_text, kept_ids, kept_rows
 
 OPEN = {"": open, ".gz": gzip.open, ".zst": zstandard.open, ".bz2": bz2.open, ".xz": lzma.open}
+TOKENIZER = train_tokenizer(["word document text of long 0123456789"] * 5, 300)
 UUIDS = [f"0b8f1c52-7d1e-4b5a-9c3a-0000000000{i:02d}" for i in range(12)]
 
 
@@ -31,10 +33,10 @@ def tokenised(folder: Path, pool: Path | str, **data) -> RunContext:
         (folder / f"{name}.jsonl").write_text('{"text": "some other text"}\n')
     sets = {f"{n}_data": [{"path": str(folder / f"{n}.jsonl")}] for n in ("upper", "heldout")}
     settings = {"lower_data": [{"path": str(pool), **data.pop("source", {})}], **sets, "context": 12, "vocab_size": 300}
-    config = parse_config({"data": {**settings, **data}, "method": "dsir", "controls": []})
+    config = parse_config({"data": {**settings, **data}})
     run = RunContext(folder / "lr=0.01" / "score=0" / "run", config, SilentProgress())
     run.root.mkdir(parents=True)
-    tokenise_pool(run, run.root)
+    tokenise_files(run, run.root, TOKENIZER)
     return run
 
 

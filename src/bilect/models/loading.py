@@ -218,27 +218,37 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    _interruptible(lambda: bpe.train_from_iterator(texts, trainer))
+    _interruptible(lambda some: bpe.train_from_iterator(some, trainer), texts)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
 
 
 _RUN = 256
 
 
-def _interruptible(work: Callable[[], None]) -> None:
-    """Call what runs outside of Python for long, where an interrupt would wait for its end."""
-    outcome: list[BaseException | None] = []
+def _interruptible(work: Callable[[Iterator[str]], None], texts: Iterable[str]) -> None:
+    """Do what runs outside of Python for long, where an interrupt would wait for its end; texts then come to an end."""
+    outcome, stopped = list[BaseException](), threading.Event()
+
+    def until_stopped() -> Iterator[str]:
+        for text in texts:
+            if stopped.is_set():
+                raise InterruptedError
+            yield text
 
     def run() -> None:
         try:
-            work()
-            outcome.append(None)
+            work(until_stopped())
         except BaseException as error:
             outcome.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(0.2)
-    if outcome[0] is not None:
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    except BaseException:
+        stopped.set()
+        thread.join(2)  # reading ends at once; what counts and merges is left to the end of the process
+        raise
+    if outcome:
         raise outcome[0]
