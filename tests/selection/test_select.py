@@ -3,6 +3,8 @@
 import hashlib
 import math
 import shutil
+import subprocess
+import sys
 
 import duckdb
 import numpy as np
@@ -15,7 +17,9 @@ from hypothesis import strategies as st
 from bilect.config import SelectionConfig
 from bilect.errors import BilectError
 from bilect.selection import ranking as selection_order
+from bilect.selection.near_duplicates import within_cap
 from bilect.selection.select import BELOW_THE_CUT, NEAR_DUPLICATE, SOURCE_FULL, select
+from bilect.selection.spill import Hashes
 
 
 def write(folder, rows, files=2):
@@ -335,3 +339,80 @@ def test_duckdb_reads_what_is_written(tmp_path):
     select(write(tmp_path / "scores", POOL), tmp_path / "out", SelectionConfig(top_k=3))
     query = f"SELECT reason, count(*), min(rank), max(rank) FROM '{tmp_path / 'out' / 'dropped.parquet'}' GROUP BY 1"
     assert duckdb.sql(query).fetchall() == [(BELOW_THE_CUT, 7, 4, 10)]
+
+
+def test_equal_scores_do_not_fill_one_bucket(tmp_path, monkeypatch):
+    for name, value in {"BUCKET_ROWS": 100, "CHUNK_ROWS": 70, "SCAN_ROWS": 64}.items():
+        monkeypatch.setattr(selection_order, name, value)
+    rows = [(f"d{i * 7919 % 2000:04d}", "ab"[i % 2], 1, 0.5) for i in range(2000)]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    ranked = selection_order.RankedScores(write(tmp_path / "scores", rows), scratch)
+    filled = [bucket.count for bucket in ranked._buckets]
+    assert sum(filled) == 2000 and max(filled) <= 100  # the sample is all of them, so the ranges are exact
+    tables = list(ranked.chunks())
+    assert [len(t) for t in tables] == [70] * 28 + [40]
+    assert [d for t in tables for d in t["doc_id"].to_pylist()] == [f"d{i:04d}" for i in range(2000)]
+    assert [r for t in tables for r in t["rank"].to_pylist()] == list(range(1, 2001))
+
+
+def test_different_ids_of_one_hash_are_no_duplicates(tmp_path, monkeypatch):
+    monkeypatch.setattr(Hashes, "append", lambda self, hash_D: None)
+    monkeypatch.setattr(Hashes, "repeated", lambda self: np.array([hash_of("a0"), 1], np.uint64))
+    select(write(tmp_path / "scores", POOL), tmp_path / "out", SelectionConfig(top_k=3))
+    assert ids(tmp_path / "out") == ["a0", "a1", "a2"]
+    with pytest.raises(BilectError, match="1 doc_ids were scored more than once, 'a0' for one"):
+        select(write(tmp_path / "more", [*POOL, POOL[0]]), tmp_path / "out", SelectionConfig(top_k=3))
+
+
+def hash_of(doc_id):
+    return duckdb.execute("SELECT hash(?::VARCHAR)", [doc_id]).fetchone()[0]
+
+
+def test_names_of_folders_are_no_columns(tmp_path):
+    rows = [("a", "web", 1, 0.9), ("b", "web", 1, 0.8), ("c", "books", 1, 0.1)]
+    plain = write(tmp_path / "scores", rows)
+    clusters = write_clusters(tmp_path / "c.parquet", {"a": 0, "b": 0})
+    config = SelectionConfig(top_k=2, max_per_cluster=1)
+    select(plain, tmp_path / "out", config, clusters=clusters)
+    hive = tmp_path / "source=c4" / "score=0" / "cluster=1" / "doc_id=7"
+    scores = write(hive / "scores", rows)
+    select(scores, hive / "out", config, clusters=write_clusters(hive / "c.parquet", {"a": 0, "b": 0}))
+    for name in ("kept", "dropped"):
+        assert (
+            pq.ParquetFile(hive / "out" / f"{name}.parquet")
+            .read()
+            .equals(pq.ParquetFile(tmp_path / "out" / f"{name}.parquet").read())
+        )
+    assert within_cap(["b", "a", "c"], hive / "c.parquet", 1).tolist() == [True, False, True]
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from bilect.config import SelectionConfig
+from bilect.runtime.memory import peak_gb, reset_peak
+from bilect.selection import ranking, spill
+from bilect.selection.select import select
+ranking.BUCKET_ROWS, ranking.CHUNK_ROWS, ranking.SCAN_ROWS, spill.HASH_ROWS = 1 << 15, 1 << 14, 1 << 14, 1 << 15
+peaks = []
+for scores in map(Path, [sys.argv[1], *sys.argv[1:]]):  # the first time, for what the libraries allocate once
+    reset_peak()
+    select(scores, scores.parent / "out", SelectionConfig(top_k=1000))
+    peaks.append(peak_gb())
+print(peaks[2] - peaks[1])
+"""
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    sizes = {"small": 200_000, "large": 1_000_000}
+    for name, rows in sizes.items():
+        rng = np.random.default_rng(rows)
+        (tmp_path / name).mkdir()
+        columns = {"doc_id": pa.array([f"document-{i:016x}" for i in rng.permutation(rows)]),
+                   "source": pa.array(["web"] * rows), "n_tokens": pa.array(np.full(rows, 9, np.int32)),
+                   "score": pa.array(rng.standard_normal(rows, np.float32))}  # fmt: skip
+        pq.write_table(pa.table(columns), tmp_path / name / "0.parquet", row_group_size=1 << 14)
+    command = [sys.executable, "-c", PEAK, *(str(tmp_path / name) for name in sizes)]
+    grown = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1e9
+    assert grown / (sizes["large"] - sizes["small"]) < 16  # about 0; one column of these doc_ids is 25 bytes a row

@@ -1,18 +1,16 @@
-"""Score files in order of rank, out of core: DuckDB reads and checks, numpy sorts integers, strings move once.
+"""Score files in order of rank, in memory that does not grow with them: DuckDB reads and checks, numpy sorts integers.
 
-Sorting rows that carry a string each is what costs most, so rows are not sorted. A scan appends every column to a file
-of its own; the keys alone are sorted, packed with their row numbers into 64-bit integers; the other columns are then
-gathered a chunk at a time, in order, from the mapped files. Above ``BUCKET_ROWS`` documents the scan splits them by
-ranges of the key first, and each range is treated so in its turn. Memory: 8 bytes for every document (the search for
-duplicates), and what one bucket needs.
+A scan splits the documents by ranges of the key into buckets on the disk, and their hashed ids by ranges of the hash. A
+bucket at a time is then read and sorted, and so are the hashes, among which equal ones betray a doc_id that was scored
+twice. Within a bucket, rows are not sorted either, since moving strings is what costs most: the keys alone are, packed
+with their row numbers into 64-bit integers, and the columns follow in one step.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import duckdb
 import numpy as np
@@ -21,13 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bilect.errors import BilectError, reason
+from bilect.selection.spill import Hashes, Rows, split
 
 __all__ = ["RankedScores", "quoted"]
 
 COLUMNS = ("doc_id", "source", "n_tokens", "score")
-BUCKET_ROWS, CHUNK_ROWS, SCAN_ROWS = 1 << 25, 1 << 19, 1 << 19
-AHEAD = 2  # chunks that are gathered beforehand
-SAMPLE_ROWS = 1 << 16  # from which the ranges of the buckets are read off
+BUCKET_ROWS, CHUNK_ROWS, SCAN_ROWS = 1 << 21, 1 << 19, 1 << 18
+SAMPLE_ROWS = 1 << 16, 1 << 8  # from which the ranges of the buckets are read off: in all, and for each of many
+THREADS = 8  # of DuckDB: each holds pages of its own
 
 
 class RankedScores:
@@ -52,7 +51,6 @@ class RankedScores:
         sources: in alphabetical order; S below is an index into it.
         documents_S: scored, of each source.
         tokens_S: scored, of each source.
-        best_N: doc_id of the best of its cluster for each surplus document; None without ``clusters``.
 
     Raises:
         BilectError: no files, a file that cannot be read or lacks a column, a score that is missing or not finite, any
@@ -72,18 +70,21 @@ class RankedScores:
         self.noisy, self._scratch = temperature > 0, scratch
         with duckdb.connect() as db:
             db.execute(f"SET memory_limit = '1GB'; SET temp_directory = {quoted(scratch / 'duckdb')}")
+            db.execute(f"SET threads = {min(os.cpu_count() or 1, THREADS)}; SET enable_progress_bar = false")
+            db.execute("SET enable_external_file_cache = false")  # the score files, read three times: the system's task
             db.execute("SET preserve_insertion_order = false; SET arrow_large_buffer_size = true")
             unit = f"(('0x' || md5('{seed}/' || doc_id::VARCHAR)[:13])::BIGINT + 0.5::DOUBLE) / {2**52}::DOUBLE"
             noise = f" + {temperature!r}::DOUBLE * -ln(-ln({unit}))" if self.noisy else ""
             db.execute(
                 f"""CREATE VIEW pool AS SELECT doc_id::VARCHAR AS doc_id, source::VARCHAR AS source,
                       n_tokens::INTEGER AS n_tokens, score::FLOAT AS score, (score::DOUBLE{noise})::FLOAT AS key
-                    FROM read_parquet([{", ".join(map(quoted, files))}])"""
+                    FROM read_parquet([{", ".join(map(quoted, files))}], hive_partitioning = false)"""
             )
             try:
                 self._account(db)
-                self.best_N = None if clusters is None else _find_surplus(db, clusters, cap)
-                self._buckets = self._scan(db)
+                if clusters is not None:
+                    _find_surplus(db, clusters, cap)
+                self._buckets = self._scan(db, surplus=clusters is not None)
             except duckdb.Error:
                 for file in files:  # a damaged page: its file is not named
                     _read_through(file)
@@ -106,40 +107,32 @@ class RankedScores:
         self.documents_S = np.array([r[1] for r in rows], np.int64)
         self.tokens_S = np.array([int(r[2]) for r in rows], np.int64)
 
-    def _scan(self, db: duckdb.DuckDBPyConnection) -> list["_Bucket"]:
+    def _scan(self, db: duckdb.DuckDBPyConnection, surplus: bool) -> list[Rows]:
         """Write every document into the bucket of its key, from the highest keys to the lowest; refuse duplicates."""
         documents = int(self.documents_S.sum())
-        edges = np.empty(0, np.float32)
-        if documents > BUCKET_ROWS:
-            sample = db.execute(f"SELECT key FROM pool USING SAMPLE {SAMPLE_ROWS} ROWS").fetchnumpy()["key"]
-            count = -(-documents // BUCKET_ROWS)
-            edges = np.unique(-np.quantile(sample, np.arange(1, count) / count, method="nearest"))
-        more = [name for name, has in (("key", self.noisy), ("surplus", self.best_N is not None)) if has]
-        buckets = [_Bucket(self._scratch / f"bucket-{i}", more) for i in range(len(edges) + 1)]
+        edges = _edges(db, documents)
+        key = "key" if self.noisy else "score"
         names = ", ".join(map(quoted, self.sources))
-        hashes, done = np.empty(documents, np.uint64), 0
-        columns = ["doc_id", f"source::ENUM({names}) AS source", "n_tokens", "score", "hash(doc_id) AS hash"]
-        columns += ["coalesce(surplus, -1)::INTEGER AS surplus" if name == "surplus" else name for name in more]
-        joined = " LEFT JOIN surplus USING (doc_id)" if "surplus" in more else ""
-        query = f"SELECT {', '.join(columns)} FROM pool{joined}"
-        for batch in db.sql(query).to_arrow_reader(SCAN_ROWS):
+        columns = ["doc_id", f"source::ENUM({names}) AS source", "n_tokens", "score"]
+        columns += ["key"] * self.noisy + ["best"] * surplus
+        query = f"SELECT {', '.join(columns)}, hash(doc_id) AS hash FROM pool"
+        buckets = [Rows(self._scratch / f"bucket-{i}") for i in range(len(edges) + 1)]
+        hashes = Hashes(self._scratch / "hashes", documents)
+        for batch in db.sql(query + " LEFT JOIN surplus USING (doc_id)" * surplus).to_arrow_reader(SCAN_ROWS):
             if batch["doc_id"].null_count:
                 raise BilectError(f"select: {batch['doc_id'].null_count} documents lack their doc_id")
-            hashes[done : done + len(batch)] = batch["hash"].to_numpy()
-            done += len(batch)
-            if not len(edges):
-                buckets[0].append(batch)
-                continue
-            at = np.searchsorted(edges, -batch["key" if self.noisy else "score"].to_numpy())
-            batch, ends = batch.take(pa.array(np.argsort(at, kind="stable"))), np.cumsum(np.bincount(at))
+            hashes.append(batch["hash"].to_numpy())
+            batch = batch.drop_columns("hash").set_column(1, "source", batch["source"].indices.cast(pa.int32()))
+            at_D = _bucket_of(edges, batch[key].to_numpy(), batch["doc_id"])
+            order_D, ends = split(at_D, len(buckets))
+            batch = batch.take(pa.array(order_D)) if edges else batch
             for bucket, begin, end in zip(buckets, [0, *ends], ends, strict=False):
                 bucket.append(batch.slice(begin, end - begin))
-        for bucket in buckets:
-            bucket.close()
-        hashes.sort()
-        if (hashes[1:] == hashes[:-1]).any():  # equal documents, or (once in 10^5 pools of 20 million) different ones
+        if len(repeated := hashes.repeated()):  # equal doc_ids, or (once in 40 pools of a billion) different ones
+            db.register("repeated", pa.table({"hash": repeated}))
             count, example = db.execute(
-                "SELECT count(*), min(doc_id) FROM (SELECT doc_id FROM pool GROUP BY doc_id HAVING count(*) > 1)"
+                """SELECT count(*), min(doc_id) FROM (SELECT doc_id FROM pool WHERE hash(doc_id) IN (FROM repeated)
+                   GROUP BY doc_id HAVING count(*) > 1)"""
             ).fetchall()[0]
             if count:
                 raise BilectError(f"select: {count} doc_ids were scored more than once, {example!r} for one")
@@ -148,98 +141,82 @@ class RankedScores:
     def chunks(self) -> Iterator[pa.Table]:
         """``doc_id, source, n_tokens, score, rank`` (and ``key`` where it is not the score), ranks 1 ... N in order.
 
-        With clusters also ``surplus``, an index into ``best_N`` or -1: the document is behind ``cap`` others of its
-        cluster. The source is dictionary-encoded, with ``sources`` for its dictionary.
+        ``CHUNK_ROWS`` documents each but for the last. With clusters also ``best``: null, or the best document of its
+        cluster where the document is surplus, that is behind ``cap`` others of it. The source is dictionary-encoded,
+        with ``sources`` for its dictionary.
         """
         rank = 1
-        with ThreadPoolExecutor(AHEAD) as executor:  # chunks are gathered while the caller is busy with one
-            for bucket in self._buckets:
-                coming = deque[Future[pa.Table]]()
-                for make in bucket.chunks(self.sources):
-                    coming.append(executor.submit(make))
-                    if len(coming) > AHEAD:
-                        table = coming.popleft().result()
-                        yield _ranked(table, rank)
-                        rank += len(table)
-                while coming:
-                    table = coming.popleft().result()
-                    yield _ranked(table, rank)
-                    rank += len(table)
+        for table in _cut(self._in_order(), CHUNK_ROWS):
+            yield table.add_column(4, "rank", pa.array(np.arange(rank, rank + len(table))))
+            rank += len(table)
+
+    def _in_order(self) -> Iterator[pa.Table]:
+        """Each bucket, from its best document to its worst."""
+
+        def read(bucket: Rows) -> pa.Table:
+            table = bucket.read()
+            packed = _packed(table["key" if self.noisy else "score"].to_numpy())
+            table = table.take(pa.array(_ties_by_doc_id(packed, table["doc_id"].chunk(0))))
+            source = pa.DictionaryArray.from_arrays(table["source"].chunk(0), pa.array(self.sources))
+            return table.set_column(1, "source", source)
+
+        filled = [bucket for bucket in self._buckets if bucket.count]
+        with ThreadPoolExecutor(1) as executor:  # the next is sorted while the caller is busy with one
+            coming = executor.submit(read, filled[0])
+            for following in [*filled[1:], None]:
+                table = coming.result()
+                if following is not None:
+                    coming = executor.submit(read, following)
+                yield table
 
 
-def _find_surplus(db: duckdb.DuckDBPyConnection, clusters: Path, cap: int) -> pa.Array:
-    """Number the documents behind ``cap`` others of their cluster (table ``surplus``); return the best of each's."""
+def _find_surplus(db: duckdb.DuckDBPyConnection, clusters: Path, cap: int) -> None:
+    """The documents behind ``cap`` others of their cluster, and the best of it: the table ``surplus``."""
     db.execute(
-        f"""CREATE TABLE surplus AS SELECT doc_id, best, row_number() OVER (ORDER BY doc_id) - 1 AS surplus FROM (
-              SELECT doc_id, any_value(best) AS best FROM (
-                SELECT doc_id, row_number() OVER ranked AS place, first_value(doc_id) OVER ranked AS best
-                FROM pool JOIN read_parquet({quoted(clusters)}) USING (doc_id)
-                WINDOW ranked AS (PARTITION BY cluster ORDER BY key DESC, doc_id))
-              WHERE place > {cap} GROUP BY doc_id)"""  # grouped: a doc_id that was scored twice is found out later
+        f"""CREATE TABLE surplus AS SELECT doc_id, any_value(best) AS best FROM (
+              SELECT doc_id, row_number() OVER ranked AS place, first_value(doc_id) OVER ranked AS best
+              FROM pool JOIN read_parquet({quoted(clusters)}, hive_partitioning = false) USING (doc_id)
+              WINDOW ranked AS (PARTITION BY cluster ORDER BY key DESC, doc_id))
+            WHERE place > {cap} GROUP BY doc_id"""  # grouped: a doc_id that was scored twice is found out later
     )
-    return db.sql("SELECT best FROM surplus ORDER BY surplus").to_arrow_table()["best"].combine_chunks()
 
 
-def _ranked(table: pa.Table, first: int) -> pa.Table:
-    return table.add_column(4, "rank", pa.array(np.arange(first, first + len(table))))
+Edge = tuple[float, str]  # minus the key, and a doc_id: pairs rise with the rank
 
 
-class _Bucket:
-    """Documents of one range of keys, each column in a file of its own."""
+def _edges(db: duckdb.DuckDBPyConnection, documents: int) -> list[Edge]:
+    """First documents, about, of all buckets but the first: equal keys alone must not fill one."""
+    count = -(-documents // BUCKET_ROWS)
+    if count == 1:
+        return []
+    size = max(SAMPLE_ROWS[0], SAMPLE_ROWS[1] * count)
+    sample = db.execute(f"SELECT -key, doc_id FROM pool WHERE doc_id IS NOT NULL USING SAMPLE {size} ROWS").fetchall()
+    sample.sort()
+    return sorted({sample[len(sample) * i // count] for i in range(1, count)}) if sample else []
 
-    def __init__(self, folder: Path, more: list[str]) -> None:
-        folder.mkdir()
-        self._key = "key" if "key" in more else "score"
-        self._types = {
-            "end": np.int64,
-            "doc_id": np.uint8,
-            "source": np.int32,
-            "n_tokens": np.int32,
-            "score": np.float32,
-        }
-        self._types |= {name: np.float32 if name == "key" else np.int32 for name in more}
-        self._paths = {name: folder / name for name in self._types}
-        self._files: dict[str, BinaryIO] = {name: path.open("wb") for name, path in self._paths.items()}
-        self._bytes = 0
 
-    def append(self, batch: pa.RecordBatch) -> None:
-        doc_id = batch["doc_id"]
-        _, ends, data = doc_id.buffers()
-        ends_B = np.frombuffer(ends, np.int64)[doc_id.offset : doc_id.offset + len(batch) + 1]
-        self._files["end"].write((ends_B[1:] - ends_B[0] + self._bytes).data)
-        if data is not None:
-            self._files["doc_id"].write(memoryview(data)[ends_B[0] : ends_B[-1]])
-        self._bytes += int(ends_B[-1] - ends_B[0])
-        self._files["source"].write(batch["source"].indices.to_numpy().astype(np.int32).data)
-        for name in list(self._types)[3:]:
-            self._files[name].write(np.ascontiguousarray(batch[name].to_numpy()).data)
+def _bucket_of(edges: list[Edge], key_D: np.ndarray, doc_id: pa.LargeStringArray) -> np.ndarray:
+    edge_E = np.array([edge[0] for edge in edges], np.float32)
+    at_D, upto_D = (np.searchsorted(edge_E, -key_D, side) for side in ("left", "right"))
+    if len(equal := np.flatnonzero(at_D < upto_D)):  # to the key of an edge
+        pairs = zip((-key_D[equal]).tolist(), doc_id.take(pa.array(equal)).to_pylist(), strict=True)
+        at_D[equal] = [bisect_right(edges, pair) for pair in pairs]
+    return at_D
 
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
 
-    def chunks(self, sources: list[str]) -> Iterator[Callable[[], pa.Table]]:
-        """What makes the tables of about ``CHUNK_ROWS`` documents each, in order; for any thread."""
-        if not self._paths["end"].stat().st_size:
-            return
-        column = {n: np.memmap(p, self._types[n], "r") for n, p in self._paths.items() if p.stat().st_size}
-        ends = np.concatenate([[0], column.pop("end")])
-        data = pa.py_buffer(column.pop("doc_id", np.empty(0, np.uint8)))
-        doc_id = pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), data)
-        packed = _packed(column[self._key])
-
-        def table(begin: int, end: int) -> pa.Table:
-            rows = _ties_by_doc_id(packed[begin:end], doc_id)
-            values = {n: pa.array(c.take(rows)) for n, c in column.items()}  # unlike c[rows], without Python's lock
-            values["source"] = pa.DictionaryArray.from_arrays(values["source"], pa.array(sources))
-            return pa.table({"doc_id": doc_id.take(pa.array(rows)), **values})
-
-        begin = 0
-        while begin < len(packed):
-            last = min(begin + CHUNK_ROWS, len(packed)) - 1
-            end = int(np.searchsorted(packed, ((packed[last] >> 32) + np.uint64(1)) << 32))  # ties stay together
-            yield partial(table, begin, end)
-            begin = end
+def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of equal length, whatever the buckets were."""
+    parts: list[pa.Table] = []
+    missing = rows
+    for table in tables:
+        while len(table):
+            parts.append(table.slice(0, missing))
+            missing, table = missing - len(parts[-1]), table.slice(missing)
+            if not missing:
+                yield pa.concat_tables(parts).combine_chunks()
+                parts, missing = [], rows
+    if parts:
+        yield pa.concat_tables(parts).combine_chunks()
 
 
 def _packed(key: np.ndarray) -> np.ndarray:

@@ -127,7 +127,7 @@ def select(
 def _write(ranked: RankedScores, taking: "_Taking", folder: Path) -> Selected:
     size = len(ranked.sources)
     documents_S, tokens_S, threshold = np.zeros(size, np.int64), np.zeros(size, np.int64), np.inf
-    near_duplicates = 0 if ranked.best_N is None else len(ranked.best_N)
+    near_duplicates = 0
     with ExitStack() as stack:
 
         def writer(name: str, like: pa.Table) -> pq.ParquetWriter:
@@ -146,9 +146,10 @@ def _write(ranked: RankedScores, taking: "_Taking", folder: Path) -> Selected:
         pool, writes = stack.enter_context(ThreadPoolExecutor(1)), list[Future[None]]()
         for chunk in ranked.chunks():
             taken, full = taking.step(chunk)
-            reason = _reasons(chunk, full, ranked.best_N)
-            if ranked.best_N is not None:
-                chunk = chunk.drop_columns("surplus")
+            reason = _reasons(chunk, full)
+            if "best" in chunk.column_names:
+                near_duplicates += len(chunk) - chunk["best"].null_count
+                chunk = chunk.drop_columns("best")
             kept, dropped = _filter(chunk, taken), _filter(chunk.append_column("reason", reason), ~taken)
             kept_file = kept_file or writer("kept.parquet", kept)
             dropped_file = dropped_file or writer("dropped.parquet", dropped)
@@ -221,8 +222,8 @@ class _Taking:
         tokens = self.unit == "tokens"
         size_D = chunk["n_tokens"].to_numpy().astype(np.float64) if tokens else np.ones(len(chunk))
         running_D = np.ones(len(chunk), bool)
-        if "surplus" in chunk.column_names:
-            running_D = chunk["surplus"].to_numpy() < 0
+        if "best" in chunk.column_names:
+            running_D = chunk["best"].is_null().to_numpy()
             size_D *= running_D
         if not self._shares:
             return size_D, np.zeros(len(chunk), bool), running_D
@@ -247,13 +248,13 @@ class _Taking:
         return total
 
 
-def _reasons(chunk: pa.Table, full_D: np.ndarray, best_N: pa.Array | None) -> pa.DictionaryArray:
+def _reasons(chunk: pa.Table, full_D: np.ndarray) -> pa.DictionaryArray:
     """Why each document is dropped, if it is."""
-    if best_N is None:
+    if "best" not in chunk.column_names:
         return pa.DictionaryArray.from_arrays(pa.array(full_D.astype(np.int8)), [BELOW_THE_CUT, SOURCE_FULL])
-    surplus_D, code_D = chunk["surplus"].to_numpy(), full_D.astype(np.int32)
-    best = best_N.take(pa.array(surplus_D[surplus_D >= 0])).dictionary_encode()
-    code_D[surplus_D >= 0] = np.asarray(best.indices) + 2
+    surplus_D, code_D = chunk["best"].is_valid().to_numpy(), full_D.astype(np.int32)
+    best = chunk["best"].drop_null().combine_chunks().dictionary_encode()
+    code_D[surplus_D] = np.asarray(best.indices) + 2
     near = [f"{NEAR_DUPLICATE} {doc_id}" for doc_id in best.dictionary.to_pylist()]
     return pa.DictionaryArray.from_arrays(pa.array(code_D), [BELOW_THE_CUT, SOURCE_FULL, *near])
 
