@@ -66,7 +66,7 @@ def render_template(template: str, filters: Mapping[str, Callable[..., Any]], li
     )
     if live:
         policy += "; connect-src 'self'"
-    own = {"style": Markup(style), "script": Markup(script), "policy": policy, "live": live}
+    own = {"style": Markup(style), "script": Markup(script), "policy": Markup(policy), "live": live}
     return environment.get_template(template).render(**own, **values).strip() + "\n"
 
 
