@@ -32,6 +32,10 @@ def summary() -> dict[str, Any]:
             "full": 1_234_567,
             "pool": {"train": 7_654_321},
         },
+        "cost": {
+            "seconds": {"selection": 122.7, "bliss": 70.0, "random": 69.0},
+            "flops": {"selection": 3.8e13, "bliss": 3.39e13, "random": 3.39e13},
+        },
         "seconds": {
             "tokenise": 4.21,
             "warm-up": 61.5,
@@ -124,12 +128,53 @@ def write_run(folder: Path, rounds: int = 2) -> Path:
                 }
             )
             pq.write_table(table, here / "scores" / f"part-{part}.parquet")
+        write_selection(folder, here)
+        for arm in ("bliss", "random"):
+            target = (here if arm == "bliss" else folder / f"controls/{arm}/round-{r}") / "target"
+            target.mkdir(parents=True)
+            lines = [{"step": 10 * i, "loss": 6.0 - 0.01 * i - 0.2 * r} for i in range(1, 101)]
+            (target / "training.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         names = list(SOURCES)
         document = {"source": names[0], "n_tokens": 512, "text": "A paragraph of plain prose about rivers.\n\n" * 12}
         best = [{"doc_id": f"b{i}", "score": 0.98 - i / 100, **document} for i in range(4)]
         worst = [{**document, "doc_id": f"w{i}", "score": 0.02 + i / 100, "source": names[-1]} for i in range(4)]
         worst[0] |= {"text": HOSTILE, "source": names[2], "doc_id": "<w0>"}
         (here / "extremes.json").write_text(json.dumps({"best": best, "worst": worst}))
+    return folder
+
+
+def write_selection(folder: Path, here: Path, cut: float = 0.5, keep: str = "selected") -> None:
+    """Split the scores in `here` at `cut`; kept documents have their text, that of all is in the token files."""
+    scores = pa.concat_tables([pq.read_table(path) for path in sorted((here / "scores").glob("*.parquet"))])
+    scores = scores.sort_by([("score", "descending")])
+    scores = scores.append_column("rank", pa.array(range(1, len(scores) + 1), pa.int64()))
+    texts = [f"{HOSTILE if i % 7 == 3 else 'Rivers and hills'}, document {name}" for i, name in
+             enumerate(scores["doc_id"].to_pylist())]  # fmt: skip
+    above = pa.array([score >= cut for score in scores["score"].to_pylist()])
+    below = pa.array([not found.as_py() for found in above])
+    (here / keep).mkdir()
+    with_text = scores.append_column("text", pa.array(texts))
+    pq.write_table(with_text.filter(above), here / keep / "kept.parquet")
+    reasons = ["below the cut" if i % 3 else "near-duplicate of a b" for i in range(sum(b.as_py() for b in below))]
+    pq.write_table(scores.filter(below).append_column("reason", pa.array(reasons)), here / keep / "dropped.parquet")
+    write_tokens(folder / "tokens/pool", f"{here.name}.arrow", with_text.select(["doc_id", "text"]))
+
+
+def write_tokens(folder: Path, name: str, table: pa.Table) -> None:
+    """A token file, as far as the report reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+
+
+def write_choice(folder: Path) -> Path:
+    """A directory that only chose: no target, no held-out results, no summary; returns it."""
+    write_run(folder, rounds=1)
+    (folder / "summary.json").unlink()
+    run = {**run_json(), "stages": {"choose": {"seconds": 3.5, "flops": 1e12, "tokens": 400_000}}}
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "config.yaml").write_text("method: dsir\nseed: 17\n")
+    (folder / "round-1/metrics.jsonl").unlink()
     return folder
 
 
@@ -188,6 +233,6 @@ def write_online(folder: Path, rounds: int = 1) -> Path:
     for r in range(1, rounds + 1):
         for arm in ("bliss", "random-token", "rho1", "blade"):
             here = folder / ("" if arm == "bliss" else f"controls/{arm}") / f"round-{r}" / "target"
-            here.mkdir(parents=True)
+            here.mkdir(parents=True, exist_ok=True)
             (here / "online.json").write_text(json.dumps(online("blade" if arm == "bliss" else arm)))
     return folder

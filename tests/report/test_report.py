@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.util
 import json
 import re
@@ -53,7 +55,7 @@ class Page(HTMLParser):
         self.text[self.section] = self.text.get(self.section, "") + data
 
 
-SECTIONS = ("result", "kept", "scores", "learning", "fidelity", "cost", "documents", "reproduce")
+SECTIONS = ("result", "curves", "cost", "kept", "documents", "fit", "reproduce")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_every_section_is_there_and_complete(page: Page) -> None:
     assert [named["id"] for tag, named in page.tags if tag == "section"] == list(SECTIONS)
     assert "Missing:" not in "".join(page.text.values())
     labels = [named["aria-label"] or "" for tag, named in page.tags if tag == "svg"]
-    assert len(labels) == 6  # arms, shares, two rounds of scores, learning, cost
+    assert len(labels) == 10  # arms, curves, bought, cost, shares, histogram, length, two rounds of scores, learning
     assert all(len(text) > 30 for text in labels)
     tables = page.html.count("<table>")
     assert tables >= 6 and page.html.count('scope="col"') > 2 * tables
@@ -107,7 +109,10 @@ def test_numbers_are_the_summarys(page: Page) -> None:
         assert {*summary[key].values()} <= {*page.data["kept"]}
     assert "43.1%" in page.text["kept"] and "1,111" in page.text["kept"] and "0.5321" in page.text["kept"]
     for row in summary["fidelity"]:
-        assert {row["loss_rank_correlation"], row["change_rank_correlation"]} <= {*page.data["fidelity"]}
+        assert {row["loss_rank_correlation"], row["change_rank_correlation"]} <= {*page.data["fit"]}
+    cost = summary["cost"]["flops"]
+    assert pytest.approx((cost["selection"] + cost["bliss"]) / cost["random"]) in page.data["cost"]
+    assert pytest.approx(losses["random"] - losses["bliss"]) in page.data["cost"]
     for key in ("seconds", "flops"):
         assert {*summary[key].values()} <= {*page.data["cost"]}
         assert any(value == pytest.approx(sum(summary[key].values())) for value in page.data["cost"])
@@ -115,17 +120,27 @@ def test_numbers_are_the_summarys(page: Page) -> None:
     assert {400_000.0, 7_654_321.0} <= {*page.data["cost"]}
     for value in (run["bilect_version"], run["git_revision"], str(run["seed"]), "2.9.0", "2 cores", "seed: 17"):
         assert value in page.text["reproduce"]
-    assert "3,500 documents" in page.text["scores"] and "0.5123" in page.text["scores"]
+    assert "3,500 documents" in page.text["kept"] and "0.5123" in page.text["kept"]
 
 
 def test_hostile_text_is_escaped(page: Page) -> None:
     assert synthetic.HOSTILE in page.text["documents"]  # shown as text, character for character ...
-    tags = {tag for tag, _ in page.tags}
-    assert not tags & {"script", "img", "b", "i", "u", "iframe", "object", "link"}  # ... and never as markup
-    assert "&lt;script&gt;" in page.html and "<script" not in page.html
-    assert "code <b>bold</b>" in page.text["kept"] and "code <b>bold</b>" in page.text["scores"]
+    tags = [tag for tag, _ in page.tags]
+    assert not {*tags} & {"img", "b", "i", "u", "iframe", "object", "link"}  # ... and never as markup
+    assert tags.count("script") == 2 and "<script>alert" not in page.html  # our data and our script
+    assert "&lt;script&gt;" in page.html and "\\u003cscript\\u003e" in page.html
+    assert "code <b>bold</b>" in page.text["kept"]
     assert "<w0>" in page.text["documents"] and "<u>under</u>" in page.text["reproduce"]
     assert not [name for _, named in page.tags for name in named if name.startswith("on")]
+
+
+def test_only_our_own_script_and_style_may_run(page: Page) -> None:
+    policy = next(named["content"] or "" for tag, named in page.tags if named.get("http-equiv"))
+    for tag, rule in (("script", "script-src"), ("style", "style-src-elem")):
+        ours = re.findall(rf"<{tag}>(.*?)</{tag}>", page.html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(ours[0].encode()).digest()).decode()
+        assert len(ours) == 1 and f"{rule} 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none';") and "connect-src" not in policy and "unsafe-eval" not in policy
 
 
 def test_nothing_is_loaded(page: Page) -> None:
@@ -136,7 +151,7 @@ def test_nothing_is_loaded(page: Page) -> None:
                 assert (value or "").startswith("#")
             assert "://" not in (value or "") and "url(h" not in (value or "")
     assert "@import" not in page.html and "xmlns" not in page.html and "<metadata" not in page.html
-    assert set(re.findall(r"https?://[^\s&\"<]+", page.html)) == {
+    assert set(re.findall(r"https?://[^\s&\"<\\\\]+", page.html)) == {
         "http://example.invalid/a.png"
     }  # a document's own words
     assert "default-src 'none'" in page.html
@@ -175,8 +190,9 @@ def test_an_empty_run_directory(tmp_path: Path) -> None:
         ("config.yaml", "reproduce"),
         ("run.json", "reproduce"),
         ("summary.json", "result"),
-        ("round-1/metrics.jsonl", "learning"),
-        ("round-1/scores", "scores"),
+        ("round-1/metrics.jsonl", "fit"),
+        ("round-1/scores", "kept"),
+        ("round-1/selected", "kept"),
         ("round-1/extremes.json", "documents"),
     ],
 )
@@ -218,8 +234,8 @@ def test_broken_files_are_told(complete: Path, tmp_path: Path) -> None:
     )
     page = build(run_dir)
     assert "run.json is not valid JSON" in page.text["reproduce"]
-    assert "1 unreadable line" in page.text["learning"]
-    assert "round-2/scores/ could not be read" in page.text["scores"]
+    assert "1 unreadable line" in page.text["fit"]
+    assert "round-2/scores/ could not be read" in page.text["kept"]
     assert "(no source)" in page.text["documents"] and "\x00" not in page.html
 
 
@@ -232,7 +248,7 @@ def test_metrics_with_nulls_and_nothing_but_nulls(tmp_path: Path) -> None:
     page = build(tmp_path)
     (label,) = (named["aria-label"] for tag, named in page.tags if tag == "svg")
     assert label == "Curves over the score steps of 1 round: proxy lower loss, scores."
-    assert page.text["learning"].count("not recorded") == 4
+    assert page.text["fit"].count("not recorded") == 4
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_random_numbers_are_not_shown_as_delta(drawn: Drawn) -> None:
     assert [*panels] == ["RHO-1", "Tokens with Δ > 0"] and len(panels["Tokens with Δ > 0"]) == 1
     assert all(figure({"random-token": runs["random-token"]}) is None for figure in FIGURES)
     pieces = tokens.token_views(runs)[0]["entries"][0]["documents"][0]["pieces"]
-    assert {(p["delta"], p["strength"]) for p in pieces if p["chosen"]} == {(None, 1)}
+    assert {(p["delta"], p["level"]) for p in pieces if p["chosen"]} == {(None, 0)}
     assert any(p["chosen"] for p in pieces)
 
 
@@ -211,15 +211,15 @@ def test_selected_share_by_source() -> None:
     assert [r["source"] for r in rows] == [f"s{i:02}" for i in range(39, 15, -1)]
 
 
-def test_strength_grows_with_delta_up_to_the_95th_percentile() -> None:
+def test_the_level_grows_with_delta_either_way_up_to_the_95th_percentile() -> None:
     delta = [None, -0.4, *(i / 100 for i in range(1, 101)), "x"]
     document = {"text": ["w"] * 103, "delta": delta, "mask": [False, *[True] * 101]}
     (view,) = tokens.token_views({"x": {"entries": [{"step": 3, "documents": [document]}]}})
     (entry,) = view["entries"]
     pieces = entry["documents"][0]["pieces"]
-    top = float(np.quantile(np.arange(1, 101) / 100, 0.95))
-    expected = [max(1, math.ceil(5 * min(i / 100 / top, 1))) for i in range(1, 101)]
-    assert [p["strength"] for p in pieces] == [0, 1, *expected, 0]
+    top = float(np.quantile([0.4, *np.arange(1, 101) / 100], 0.95))
+    expected = [math.ceil(5 * min(i / 100 / top, 1)) for i in range(1, 101)]
+    assert [p["level"] for p in pieces] == [0, -math.ceil(5 * 0.4 / top), *expected, 0]
     assert [p["delta"] for p in pieces] == [*delta[:-1], None]
     assert sorted(set(expected)) == [1, 2, 3, 4, 5] and entry["step"] == 3
 
@@ -240,11 +240,11 @@ def test_the_section_shows_every_arm(tmp_path: Path) -> None:
     assert "random tokens random tokens 2 60.0% 60.0% – 0 0 10" in body
     assert sum(tag == "svg" for tag, _ in found.tags) == 3
     assert pytest.approx(0.545) in found.data and 0.59 in found.data and 5120 in found.data  # source "books"
-    assert len(found.documents) == 4 * 2 * 2  # arms, first and last entry, documents
+    assert len(found.documents) == 4 * 4 * 2  # arms, entries 0, 3, 6 and 9 of ten, documents
     dots = {named["class"] for tag, named in found.tags if (named.get("class") or "").startswith("dot")}
-    assert dots == {"dot bliss", "dot blade", "dot rho1", "dot random-token"}
+    assert dots == {"dot main", "dot blade", "dot rho1", "dot random-token"}
     first, last = (synthetic.online("blade")["entries"][i]["documents"][0] for i in (0, -1))
-    for shown, recorded in ((found.documents[4], first), (found.documents[6], last)):  # after bliss
+    for shown, recorded in ((found.documents[8], first), (found.documents[14], last)):  # after bliss
         assert [text for *_, text in shown] == recorded["text"]
         assert [tag == "mark" for tag, *_ in shown] == recorded["mask"]
         titles = [title and float(title.removeprefix("Δ ").replace("−", "-")) for _, _, title, _ in shown]

@@ -9,31 +9,32 @@ import numpy as np
 
 from bilect.report.inputs import RoundFiles, number
 from bilect.report.scores import FloatArray
-from bilect.report.svg import COLOURS, drawing, new_figure, to_svg
+from bilect.report.svg import COLOURS, Svg, drawing, new_figure, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_POINTS = 400  # per curve
+CURVES = {  # title of a panel: what the fit logs it as
+    "Proxy lower loss": ("lower_loss",),
+    "Upper loss": ("upper_loss",),
+    "KL to the target": ("kl",),
+    "Solver residual": ("residual",),
+    "Effective sample size": ("effective_sample_size",),
+    "Scores": ("score_mean", "score_std", "score_min", "score_max"),
+}
 
 
-def learning_figure(rounds: Sequence[RoundFiles]) -> str | None:
+def learning_figure(rounds: Sequence[RoundFiles]) -> Svg | None:
     """Six small multiples of the bilevel fit, the rounds one after another; None where no metric is there at all."""
-    panels = {
-        "Proxy lower loss": ("lower_loss", False),
-        "Upper loss": ("upper_loss", False),
-        "KL to the target": ("kl", False),
-        "Solver residual": ("residual", True),
-        "Effective sample size": ("effective_sample_size", False),
-        "Scores": ("score_mean", False),
-    }
     from matplotlib.ticker import LogLocator
 
     with drawing("learning"):
         figure = new_figure(4.3)
         figure.set_layout_engine("constrained", h_pad=0.1)
         drawn = []
-        for i, (title, (key, log)) in enumerate(panels.items()):
+        for i, (title, (key, *_)) in enumerate(CURVES.items()):
+            log = key == "residual"
             axes = figure.add_subplot(2, 3, i + 1)
             axes.set_title(title)
             start, count, limits = 0.0, 0, []

@@ -7,46 +7,39 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bilect.report.choice import LengthBin, Selection
 from bilect.report.scores import FloatArray, ScoreSummary
-from bilect.report.svg import COLOURS, drawing, label, new_figure, to_svg
-from bilect.report.wording import power, signed
+from bilect.report.svg import COLOURS, Svg, drawing, label, new_figure, to_svg
+from bilect.report.wording import LONG_ARMS, power, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_SETS = 12
-LONG_ARMS = {
-    "warm": "warm start",
-    "bliss": "bilect (BLISS)",
-    "blade": "BLADE tokens",
-    "rho1": "RHO-1",
-    "random-token": "random tokens",
-    "random": "random",
-    "full": "full pool",
-}
+MAX_SHARES = 24
 
-
-def arms_figure(losses: Mapping[str, float], by_set: Mapping[str, float]) -> str:
-    """Each arm's held-out loss as a bar from random's (or the highest); beside it bilect minus random on each set."""
+def arms_figure(losses: Mapping[str, float], by_set: Mapping[str, float], main: str = "bliss") -> Svg:
+    """Each arm's held-out loss as a bar from random's (or the highest); beside it main minus random on each set."""
+    subject = "bilect" if main == "bliss" else label(main, 22)
     with drawing("arms"):
         rows = max(len(losses), min(len(by_set), MAX_SETS))
         figure = new_figure(0.95 + 0.34 * rows)
         grid = figure.add_gridspec(1, 2 if by_set else 1, width_ratios=[1.25, 1] if by_set else [1])
-        _loss_bars(figure.add_subplot(grid[0]), losses, rows)
-        text = "; ".join(f"{LONG_ARMS.get(arm, arm)} {loss:.4f}" for arm, loss in sorted(losses.items(), key=_value))
+        _loss_bars(figure.add_subplot(grid[0]), losses, rows, main)
+        text = "; ".join(f"{LONG_ARMS.get(arm) or label(arm, 40)} {loss:.4f}" for arm, loss in sorted(losses.items(), key=_value))
         if by_set:
-            _difference_bars(figure.add_subplot(grid[1]), by_set, rows)
-            text += ". bilect minus random: " + "; ".join(f"{name} {signed(d)}" for name, d in by_set.items())
+            _difference_bars(figure.add_subplot(grid[1]), by_set, rows, subject)
+            text += f". {subject} minus random: " + "; ".join(f"{name} {signed(d)}" for name, d in by_set.items())
         return to_svg(figure, "arms", f"Bars of held-out loss, lowest first: {label(text, 600)}.")
 
 
-def _loss_bars(axes: Axes, losses: Mapping[str, float], rows: int) -> None:
+def _loss_bars(axes: Axes, losses: Mapping[str, float], rows: int, main: str) -> None:
     low, high = min(losses.values()), max(losses.values())
     anchor = losses.get("random", high)
     span = max(high - low, 1e-3)
     for y, (arm, loss) in enumerate(sorted(losses.items(), key=_value)):
-        colour = COLOURS.get(arm, COLOURS["ours"])
+        colour = arm_colour(arm, main)
         axes.barh(y, loss - anchor, left=anchor, height=0.46, color=colour)
         if loss == anchor:
             axes.plot([loss], [y], "o", color=colour, markersize=6)
@@ -59,7 +52,7 @@ def _loss_bars(axes: Axes, losses: Mapping[str, float], rows: int) -> None:
     axes.set_title("Held-out loss, as bars from random" if "random" in losses else "Held-out loss")
 
 
-def _difference_bars(axes: Axes, by_set: Mapping[str, float], rows: int) -> None:
+def _difference_bars(axes: Axes, by_set: Mapping[str, float], rows: int, subject: str) -> None:
     shown = dict(sorted(by_set.items(), key=_value)[:MAX_SETS])
     differences = list(shown.values())
     reach = 1.75 * max(*(abs(d) for d in differences), 1e-6)
@@ -71,17 +64,22 @@ def _difference_bars(axes: Axes, by_set: Mapping[str, float], rows: int) -> None
     axes.set_xlim(-reach if differences[0] < 0 else -0.1 * reach, reach if differences[-1] > 0 else 0.1 * reach)
     axes.locator_params(axis="x", nbins=4)
     axes.set_xlabel("loss difference (negative is better)")
-    axes.set_title("bilect minus random, by set")
+    axes.set_title(f"{subject} minus random, by set")
+
+
+def arm_colour(arm: str, main: str) -> str:
+    """The colour that an arm has everywhere on the page."""
+    return COLOURS["ours"] if arm == main else COLOURS.get(arm, COLOURS["other"])
 
 
 def _value(pair: tuple[str, float]) -> tuple[float, str]:
     return pair[1], pair[0]
 
 
-def shares_figure(pool: Mapping[str, float], kept: Mapping[str, float]) -> str:
+def shares_figure(pool: Mapping[str, float], kept: Mapping[str, float]) -> Svg:
     """Per source, its share of the pool beside its share of what was kept."""
     with drawing("shares"):
-        names = sorted({*pool, *kept}, key=lambda s: (-kept.get(s, 0.0), -pool.get(s, 0.0), s))[:24]
+        names = sorted({*pool, *kept}, key=lambda s: (-kept.get(s, 0.0), -pool.get(s, 0.0), s))[:MAX_SHARES]
         figure = new_figure(0.95 + 0.46 * len(names))
         axes = figure.add_subplot()
         for y, source in enumerate(names):
@@ -100,7 +98,7 @@ def shares_figure(pool: Mapping[str, float], kept: Mapping[str, float]) -> str:
         return to_svg(figure, "shares", f"Paired bars of each source's share. {label(text, 600)}.")
 
 
-def scores_figure(scores: ScoreSummary, threshold: float | None, name: str) -> str:
+def scores_figure(scores: ScoreSummary, threshold: float | None, name: str) -> Svg:
     """A ridge per source, ordered by median, with the kept part (above the threshold) filled in."""
     with drawing(name):
         sources = scores.sources
@@ -147,10 +145,79 @@ def scores_figure(scores: ScoreSummary, threshold: float | None, name: str) -> s
         return to_svg(figure, name, f"Score distribution per source, by median, highest first: {label(text, 600)}.")
 
 
-def cost_figure(seconds: Mapping[str, float], flops: Mapping[str, float]) -> str:
+def histogram_figure(found: Selection) -> Svg:
+    """All scores in bins of equal width: kept below, left out on top, and the lowest score kept as a line."""
+    with drawing("histogram"):
+        figure = new_figure(2.5)
+        axes = figure.add_subplot(xlabel="score (higher means keep)", ylabel="documents")
+        left = [low for low, *_ in found.histogram]
+        width = [high - low for low, high, *_ in found.histogram]
+        kept = [k for *_, k, _ in found.histogram]
+        axes.bar(left, kept, width, align="edge", color=COLOURS["ours"])
+        axes.bar(left, [d for *_, d in found.histogram], width, bottom=kept, align="edge", color=COLOURS["pool"])
+        if found.threshold is not None:
+            axes.axvline(found.threshold, color=COLOURS["worse"], linewidth=1, linestyle=(0, (4, 3)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.grid(axis="y")
+        _legend(figure, axes, [("kept", "ours"), ("left out", "pool")])
+        text = f"Histogram of the scores of {found.documents:,} documents, {found.kept:,} of them kept."
+        return to_svg(figure, "histogram", text)
+
+
+def length_figure(bins: Sequence[LengthBin]) -> Svg:
+    """Quantiles of the scores, and the share kept, against the length of the documents."""
+    with drawing("length"):
+        figure = new_figure(2.5)
+        x = [b.tokens for b in bins]
+        axes = figure.add_subplot(1, 2, 1, title="Score", xlabel="tokens of the document")
+        for low, high, alpha in ((0, 4, 0.16), (1, 3, 0.34)):
+            bottom, top = [b.quantiles[low] for b in bins], [b.quantiles[high] for b in bins]
+            axes.fill_between(x, bottom, top, color=COLOURS["ours"], alpha=alpha, linewidth=0)
+        axes.plot(x, [b.quantiles[2] for b in bins], color=COLOURS["ours"], linewidth=1.5, marker="o", markersize=2.5)
+        share = figure.add_subplot(1, 2, 2, title="Share of documents kept", xlabel="tokens of the document")
+        share.plot(x, [b.kept / b.documents for b in bins], color=COLOURS["ours"], marker="o", markersize=2.5)
+        share.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        share.set_ylim(bottom=0)
+        for each in (axes, share):
+            _log_x(each)
+            each.grid(axis="y")
+        text = "; ".join(f"about {b.tokens:.0f} tokens: median {b.quantiles[2]:.3g}, {b.kept / b.documents:.0%} kept"
+                         for b in bins)  # fmt: skip
+        return to_svg(figure, "length", f"Score and share kept against length. {label(text, 600)}.")
+
+
+def bought_figure(arms: Mapping[str, tuple[float, float]], main: str) -> Svg:
+    """What each arm gained over random against what choosing and training cost, in random's."""
+    with drawing("bought"):
+        figure = new_figure(2.7)
+        axes = figure.add_subplot(
+            xlabel="operations of choosing and training, times random's", ylabel="held-out loss below random's"
+        )
+        for arm, (x, y) in arms.items():
+            axes.plot([x], [y], "o", color=arm_colour(arm, main), markersize=6)
+            at = {"xytext": (6, 4), "textcoords": "offset points", "color": COLOURS["ink"]}
+            axes.annotate(LONG_ARMS.get(arm) or label(arm, 22), (x, y), **at)
+        axes.axhline(0, color=COLOURS["muted"], linewidth=0.8)
+        _log_x(axes)
+        axes.margins(x=0.2, y=0.2)
+        axes.grid(axis="y")
+        text = "; ".join(f"{LONG_ARMS.get(a) or label(a, 40)} {signed(y)} at {x:.2f} times" for a, (x, y) in arms.items())
+        return to_svg(figure, "bought", f"Gain over random against operations. {label(text, 600)}.")
+
+
+def _log_x(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter("")
+
+
+def cost_figure(seconds: Mapping[str, float], flops: Mapping[str, float]) -> Svg:
     """Time and arithmetic per stage, side by side, stages in the order given."""
     with drawing("cost"):
-        stages = list(dict.fromkeys([*seconds, *flops]))[:24]
+        stages = list(dict.fromkeys([*seconds, *flops]))[:MAX_SHARES]
         figure = new_figure(0.8 + 0.3 * len(stages))
         for i, (title, unit, values) in enumerate((("Wall time", "s", seconds), ("Arithmetic", "FLOPs", flops))):
             axes = figure.add_subplot(1, 2, i + 1)

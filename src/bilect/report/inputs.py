@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from bilect.report.choice import Selection, read_selection
 from bilect.report.scores import ScoreSummary, summarise_scores
 
 Json = dict[str, Any]
@@ -23,6 +28,7 @@ class RoundFiles:
     scores: ScoreSummary | None
     best: list[Json]
     worst: list[Json]
+    selection: Selection | None = None
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,62 @@ class OnlineFile:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A whole run directory. `missing` maps a file's path inside it to what is wrong with it."""
+    """A whole run directory: `main` is the arm it is about, `missing` maps a path in it to what is wrong there."""
 
+    root: Path
     name: str
+    main: str
     config: str | None
     run: Json
     summary: Json
     rounds: list[RoundFiles]
     online: dict[str, OnlineFile]
     missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Held-out loss of each arm."""
+        return numbers(self.summary.get("heldout_loss"))
+
+    @cached_property
+    def arms(self) -> list[str]:
+        """The main arm, then the controls that have a folder or a result."""
+        return self.ordered({self.main: None, **dict.fromkeys(_control_folders(self.root)), **self.losses})
+
+    @cached_property
+    def only_chose(self) -> bool:
+        """Whether the directory holds a choice and no training, done or begun: such a run has no arms to compare."""
+        stages = mapping(self.run.get("stages"))
+        trained = self.losses or any(re.search(r"\b(train|warm up target)\b", name) for name in stages)
+        chosen = any((self.root / f"round-{r.number}" / "selected").is_dir() or r.scores for r in self.rounds)
+        return chosen and not trained and not self.summary.get("heldout") and not (self.root / "warmup/target").exists()
+
+    def ordered(self, arms: Iterable[str]) -> list[str]:
+        """Arms in the order of the page."""
+        found = set(arms)
+        first = [arm for arm in dict.fromkeys((self.main, *ARM_ORDER)) if arm in found]
+        return first + sorted(found - set(first))
+
+    def folder(self, arm: str, number: int) -> str:
+        """Where an arm's results of a round lie, within the run directory."""
+        return f"round-{number}" if arm == self.main else f"controls/{arm}/round-{number}"
+
+    def find(self, path: str) -> Path | None:
+        """A file or folder of the run; while its stage still runs, the one that is being written."""
+        there = [self.root / path, *sorted(self.root.glob(f".partial/*/{path}"))]
+        return next((found for found in there if found.exists()), None)
+
+    def lines(self, path: str) -> list[Json]:
+        """The rows of a JSONL file; none where it is not there."""
+        found = self.find(path)
+        return _json_lines(found.parent, found.name, {}) if found is not None else []
+
+    def gaps(self, pattern: str) -> list[str]:
+        """What is wrong with the files whose path matches."""
+        return [f"{path} {problem}" for path, problem in self.missing.items() if re.match(pattern, path)]
+
+
+ARM_ORDER = ("bliss", "blade", "rho1", "random-token", "random", "full", "warm")
 
 
 def number(value: object) -> float | None:
@@ -90,16 +143,34 @@ def read_run(run_dir: Path) -> RunFiles:
     run = mapping(_json(run_dir, "run.json", missing))
     summary = mapping(_json(run_dir, "summary.json", missing))
     config = _text(run_dir, "config.yaml", missing)
+    main = _method(summary, config)
     folders = sorted(_round_folders(run_dir))
     if not folders:
         missing["round-1/"] = "not found"
     rounds = [_round(run_dir, n, folder.name, missing) for n, folder in folders]
     online = {
         arm: file
-        for arm, folder in {"bliss": run_dir, **_control_folders(run_dir)}.items()
+        for arm, folder in {main: run_dir, **_control_folders(run_dir)}.items()
         if (file := _online(run_dir, folder, missing)) is not None
     }
-    return RunFiles(str(run.get("name") or run_dir.resolve().name), config, run, summary, rounds, online, missing)
+    name = str(run.get("name") or run_dir.resolve().name)
+    return RunFiles(run_dir, name, main, config, run, summary, rounds, online, missing)
+
+
+def _method(summary: Json, config: str | None) -> str:
+    """Name of the main arm: the method that chose the documents of the run itself."""
+    stated = summary.get("method")
+    if not isinstance(stated, str):
+        stated = settings_of(config).get("method")
+    return stated if isinstance(stated, str) and stated else "bliss"
+
+
+def settings_of(config: str | None) -> Json:
+    """The settings in a config file; none where it cannot be read."""
+    try:
+        return mapping(yaml.safe_load(config or ""))
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
 
 
 def _round_folders(run_dir: Path) -> Iterable[tuple[int, Path]]:
@@ -136,8 +207,32 @@ def _round(run_dir: Path, n: int, folder: str, missing: dict[str, str]) -> Round
             missing[f"{folder}/scores/"] = "not found, or holds no scored documents"
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors derive from these
         missing[f"{folder}/scores/"] = f"could not be read ({type(error).__name__})"
-    metrics = _json_lines(run_dir, f"{folder}/metrics.jsonl", missing)
-    return RoundFiles(n, metrics, scores, objects(extremes.get("best")), objects(extremes.get("worst")))
+    selection = _selection(run_dir, f"{folder}/selected", missing)
+    metrics = _metrics(run_dir, folder, missing)
+    return RoundFiles(n, metrics, scores, objects(extremes.get("best")), objects(extremes.get("worst")), selection)
+
+
+def _selection(run_dir: Path, folder: str, missing: dict[str, str]) -> Selection | None:
+    import duckdb
+
+    try:
+        selection = read_selection(run_dir / folder)
+    except (duckdb.Error, OSError, ValueError) as error:
+        missing[f"{folder}/"] = f"could not be read ({type(error).__name__})"
+        return None
+    if selection is None:
+        missing[f"{folder}/"] = "not found, or holds no documents"
+    return selection
+
+
+def _metrics(run_dir: Path, folder: str, missing: dict[str, str]) -> list[Json]:
+    """What the fit logged; of a fit that still runs, what it has logged so far."""
+    names = (f"{folder}/metrics.jsonl", f"{folder}/method/metrics.jsonl")
+    for name in names:
+        if (run_dir / name).is_file():
+            return _json_lines(run_dir, name, missing)
+    running = [path for name in names for path in sorted(run_dir.glob(f".partial/*/{name}"))]
+    return _json_lines(run_dir, (running[0].relative_to(run_dir) if running else Path(names[0])).as_posix(), missing)
 
 
 def _text(run_dir: Path, path: str, missing: dict[str, str]) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from bilect.report.svg import COLOURS, drawing, new_figure, to_svg
+from bilect.report.svg import COLOURS, Svg, drawing, new_figure, to_svg
 
 __all__ = ["Lines", "group", "lines_figure"]
 
@@ -16,7 +16,10 @@ _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 
 @dataclass(frozen=True)
 class Lines:
-    """One pair of axes: title, axis labels, named lines of (x, y), which axes are logarithmic, whether y shows 0."""
+    """One pair of axes: title, axis labels, named lines of (x, y), which axes are logarithmic, whether y shows 0.
+
+    The line called `main` has the colour of what the page is about, the others those after it.
+    """
 
     title: str
     x: str
@@ -25,6 +28,7 @@ class Lines:
     log_x: bool = True
     log_y: bool = False
     zero: bool = True
+    main: str = ""
 
 
 def group(
@@ -37,9 +41,10 @@ def group(
     return {key: [(at, fmean(ys)) for at, ys in sorted(line.items())] for key, line in values.items()}
 
 
-def lines_figure(name: str, panels: Sequence[Lines], description: str) -> str:
+def lines_figure(name: str, panels: Sequence[Lines], description: str) -> Svg:
     """All axes in rows of two, one legend for all: the same name has the same line everywhere."""
-    names = list(dict.fromkeys(key for panel in panels for key in panel.series))
+    names = list(dict.fromkeys([p.main for p in panels if p.main] + [key for p in panels for key in p.series]))
+    names = [name for name in names if any(name in p.series for p in panels)]
     from matplotlib.ticker import NullLocator
 
     with drawing(name):

@@ -29,9 +29,20 @@ COLOURS = {
     "random-token": "#6b4226",
     "worse": "#d55e00",
     "pool": "#c3c9d1",
+    "other": "#cc79a7",
 }
 _VARIABLE = {colour: f"var(--{name}, {colour})" for name, colour in COLOURS.items()}
 
+
+
+class Svg(str):
+    """The SVG of one figure, and the figure itself, from which other formats are made."""
+
+    name: str
+    figure: Figure
+
+
+SCREEN = COLOURS["paper"]  # ground of a picture that stands by itself
 WIDTH = 7.6  # inches: 547 points, shown a little larger on a wide screen
 
 _RC: dict[str, object] = {
@@ -94,7 +105,7 @@ def label(text: object, width: int = 30) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def to_svg(figure: Figure, name: str, description: str) -> str:
+def to_svg(figure: Figure, name: str, description: str) -> Svg:
     """Serialise inside `drawing(name)`. Ids get the prefix `name`, so that figures never share one within a page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -119,7 +130,9 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
     root.attrib.update({"class": "plot", "role": "img", "aria-label": description})
-    return ET.tostring(root, encoding="unicode")
+    svg = Svg(ET.tostring(root, encoding="unicode"))
+    svg.name, svg.figure = name, figure
+    return svg
 
 
 def _rename_ids(root: ET.Element, name: str) -> None:

@@ -11,16 +11,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bilect.report.curves import thin
-from bilect.report.figures import LONG_ARMS
 from bilect.report.inputs import Json, mapping, number, objects
 from bilect.report.scores import FloatArray
-from bilect.report.svg import COLOURS, drawing, label, new_figure, to_svg
-from bilect.report.wording import DASH, decimal, percent, signed, visible
+from bilect.report.svg import COLOURS, Svg, drawing, label, new_figure, to_svg
+from bilect.report.wording import DASH, LONG_ARMS, decimal, percent, signed, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +32,8 @@ BANDS = (("0.01", "0.99", 0.14), ("0.05", "0.95", 0.2), ("0.25", "0.75", 0.34)) 
 QUANTILES = ("0.5", *(q for low, high, _ in BANDS for q in (low, high)))
 STYLES = ("-", "--", ":", "-.")  # of runs that share a colour: the seeds of one method
 FEW = 30  # entries up to which each gets a dot
-LEVELS = 5  # strengths of a chosen token's background
+LEVELS = 5  # strengths of a token's background, either way from zero
+VIEWS = 4  # entries whose documents are shown
 MAX_SOURCES, MAX_DOCUMENTS, MAX_TOKENS, MAX_CHARACTERS = 24, 2, 512, 200
 HUGE = 1e100  # no loss or distance; matplotlib's arithmetic overflows not far above
 
@@ -98,7 +98,7 @@ def method(content: object) -> str:
     return label(stated) if isinstance(stated, str) else ""
 
 
-def delta_figure(runs: Runs) -> str | None:
+def delta_figure(runs: Runs) -> Svg | None:
     """Per run the quantiles of Delta over training steps, and the share of tokens with Delta > 0 (paper, figure 2).
 
     Bands 1-99%, 5-95% and 25-75%, a line for the median; None where no run has either figure.
@@ -140,7 +140,7 @@ def delta_figure(runs: Runs) -> str | None:
         return to_svg(figure, "delta", text)
 
 
-def distance_figure(runs: Runs) -> str | None:
+def distance_figure(runs: Runs) -> Svg | None:
     """||u - w||, to the reference, and ||u - u_last_sync|| over training steps (paper, figure 3)."""
     panels: Panels = {
         "To the reference, ‖u − w‖": [("distance_reference",)],
@@ -149,7 +149,7 @@ def distance_figure(runs: Runs) -> str | None:
     return _curves(runs, "distance", "Distance of the model over training steps", panels)
 
 
-def choice_figure(runs: Runs) -> str | None:
+def choice_figure(runs: Runs) -> Svg | None:
     """Agreement of consecutive selections of one batch, |A and B| / |A or B|, and an oracle's loss (paper, figure 4).
 
     The oracle's mean loss is drawn where it was recorded: strong on the selected tokens, faint on all of them.
@@ -161,7 +161,7 @@ def choice_figure(runs: Runs) -> str | None:
     return _curves(runs, "choice", "The selections over training steps", panels)
 
 
-def _curves(runs: Runs, name: str, about: str, panels: Panels) -> str | None:
+def _curves(runs: Runs, name: str, about: str, panels: Panels) -> Svg | None:
     """A panel for each of `panels` of which a run has a figure; the second path of a panel is drawn faint."""
     read = _read(runs)
     has = {path: [r for r in read if np.isfinite(r.column(*path)).any()] for paths in panels.values() for path in paths}
@@ -238,6 +238,18 @@ def settings(runs: Runs) -> list[Json]:
     return rows
 
 
+def records(runs: Runs) -> tuple[list[str], list[list[Any]]]:
+    """Everything that the figures draw, as a table: header and rows, one per run and entry."""
+    paths = [("kept",), *(("delta", q) for q in QUANTILES), ("share_positive",), ("distance_reference",),
+             ("distance_last_sync",), ("agreement",), ("oracle_loss", "selected"), ("oracle_loss", "all")]  # fmt: skip
+    rows = []
+    for name, content in runs.items():
+        for step, entry in _entries(content):
+            values = [_value_at(entry, path) for path in paths]
+            rows.append([name, step, *(None if math.isnan(value) else value for value in values)])
+    return ["arm", "step", *(" ".join(path) for path in paths)], rows
+
+
 def source_rows(runs: Runs) -> list[Json]:
     """Selected share of each source's tokens by run: in the last entry, and over all entries, weighted by tokens.
 
@@ -266,25 +278,26 @@ def source_rows(runs: Runs) -> list[Json]:
 
 
 def token_views(runs: Runs) -> list[Json]:
-    """Per run the documents of the first and the last entry that has any, cut into pieces with their marks.
+    """Per run the documents of up to VIEWS entries, from the first to the last that has any, cut into pieces.
 
-    A piece has its text, whether it was chosen, its Delta (None where there is none) and a strength: 0 if left out,
-    else 1 to LEVELS in proportion to Delta, up to the 95th percentile of the run's Delta > 0 shown here; 1 where
-    Delta <= 0.
+    A piece has its text, whether it was chosen, its Delta (None where there is none) and a level from -LEVELS to
+    LEVELS: Delta in proportion to the 95th percentile of the |Delta| shown here of the run, away from zero; 0 without
+    one.
     """
     views = []
     for name, content in runs.items():
         entries = [(step, documents) for step, entry in _entries(content) if (documents := _documents(entry))]
         if not entries:
             continue
-        ends = entries[:1] + entries[1:][-1:]
-        pieces = [piece for _, documents in ends for document in documents for piece in document["pieces"]]
-        gains = [piece["delta"] for piece in pieces if (piece["delta"] or 0) > 0]
-        scale = float(np.quantile(gains, 0.95)) if gains else 1.0
+        places = np.unique(np.linspace(0, len(entries) - 1, min(VIEWS, len(entries))).round().astype(int))
+        shown = [entries[i] for i in places]
+        pieces = [piece for _, documents in shown for document in documents for piece in document["pieces"]]
+        sizes = [abs(piece["delta"]) for piece in pieces if piece["delta"]]
+        scale = float(np.quantile(sizes, 0.95)) if sizes else 1.0
         for piece in pieces:
-            level = math.ceil(LEVELS * min(max(piece["delta"] or 0.0, 0.0) / scale, 1.0))
-            piece["strength"] = max(level, 1) if piece["chosen"] else 0
-        views.append({"arm": name, "entries": [{"step": step, "documents": documents} for step, documents in ends]})
+            size = math.ceil(LEVELS * min(abs(piece["delta"] or 0.0) / scale, 1.0))
+            piece["level"] = -size if (piece["delta"] or 0.0) < 0 else size
+        views.append({"arm": name, "entries": [{"step": step, "documents": documents} for step, documents in shown]})
     return views
 
 

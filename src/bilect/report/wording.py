@@ -7,7 +7,21 @@ from collections.abc import Mapping
 from bilect.report.inputs import Json, mapping, number
 
 DASH = "–"
+LONG_ARMS = {
+    "warm": "warm start",
+    "bliss": "bilect (BLISS)",
+    "blade": "BLADE tokens",
+    "rho1": "RHO-1",
+    "random-token": "random tokens",
+    "random": "random",
+    "full": "full pool",
+}
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def arm_name(arm: str) -> str:
+    """What an arm is called on the page."""
+    return LONG_ARMS.get(arm) or shown_name(arm, 80)
 
 
 def decimal(value: object, digits: int = 4) -> str:
@@ -84,34 +98,15 @@ def tokens_of(arm: str, tokens: object) -> float | None:
     return None
 
 
+def shown_name(name: object, limit: int = 160) -> str:
+    """A source, a reason: control characters visible, not too long."""
+    text = str(name)
+    return visible(text if len(text) <= limit else text[: limit - 1] + "…")
+
+
 def visible(text: str) -> str:
     """Control characters as a visible sign: they have no place in HTML."""
     return "".join(c if c.isprintable() or c in "\n\t\u00a0\u200b" else "\ufffd" for c in text.replace("\r\n", "\n"))
-
-
-def verdict(losses: Mapping[str, float], tokens: Json) -> tuple[str, str]:
-    """(better | worse | equal | unknown, the sentence): bilect's held-out loss against random selection's."""
-    if "bliss" not in losses or "random" not in losses:
-        absent = " and ".join(
-            word for arm, word in (("bliss", "bilect’s"), ("random", "random selection’s")) if arm not in losses
-        )
-        return "unknown", f"No verdict: {absent} held-out loss is missing."
-    ours, random = losses["bliss"], losses["random"]
-    difference = ours - random
-    our_tokens, their_tokens = tokens_of("bliss", tokens), tokens_of("random", tokens)
-    if our_tokens is None or their_tokens is None:
-        terms = "how many tokens each trained on was not recorded"
-    elif abs(our_tokens - their_tokens) <= 0.01 * max(our_tokens, their_tokens):
-        terms = "at equal training tokens"
-    else:
-        terms = f"but not at equal tokens: {whole(our_tokens)} against {whole(their_tokens)}"
-    numbers = f"{decimal(ours)} against {decimal(random)} nats per token"
-    if abs(difference) < 5e-5:
-        return "equal", f"bilect made no difference: its held-out loss equals random selection’s, {numbers}, {terms}."
-    rest = f"than random selection’s: {numbers}, {terms}."
-    if difference < 0:
-        return "better", f"bilect’s held-out loss is {abs(difference):.4f} lower (better) {rest}"
-    return "worse", f"bilect did not help: its held-out loss is {abs(difference):.4f} higher (worse) {rest}"
 
 
 def fidelity(rows: list[Json]) -> str:
