@@ -16,17 +16,15 @@ The study:
 
 import argparse
 import json
-import os
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from scipy.stats import spearmanr, t
+from scipy.stats import t
 from transformers.utils import logging
 
 from bilect import methods

@@ -12,13 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bilect import methods
-from bilect.data.loading import BatchStream
-from bilect.methods._steps import upper_batches, upper_objective_of
+from bilect.data.batch import make_batch
+from bilect.methods._steps import whole_texts
 from bilect.methods.contract import Inputs
-from bilect.models.causal_lm import CausalLM
 from bilect.models.loading import load_causal_lm
 from bilect.runtime.seeds import derive_seed
-from tests.helpers import Tree, document_loss, reference_losses, reference_upper
+from tests.helpers import Tree, document_loss, documents, reference_losses, reference_upper
 from tests.methods.planted import Counted
 
 ROWS = np.array([3, 17, 2, 41, 8])
@@ -50,12 +49,10 @@ def brute_influence(inputs: Inputs, checkpoints: int, steps: int, rate: float, s
     others = [p for n, p in model.named_parameters() if p.ndim == 1]
     for p, slot in zip([*decayed, *others], state["state"].values(), strict=True):
         optimizer.state[p] = {k: v.clone() for k, v in slot.items()}
-    stream = BatchStream(inputs.pool, inputs.rows, 16, 0, derive_seed(inputs.seed, "influence", "pool"), inputs.device)
-    order, store = iter([]), inputs.upper[0][2]
+    store = inputs.upper[0][2]
     drawn = np.random.default_rng(derive_seed(inputs.seed, "influence", "pool"))
     order = iter(np.concatenate([drawn.permutation(inputs.rows) for _ in range(3)]))
     total = np.zeros(len(ROWS))
-    assert stream.batch_size == 16
     for _ in range(checkpoints):
         for _ in range(steps):
             optimizer.zero_grad()
@@ -93,21 +90,19 @@ def test_one_step_of_excess_has_a_closed_form(pool: Callable[[int], Inputs], tmp
     method = methods.make("excess", {"steps": 1, "learning_rate": 1e-2})
     method.fit(inputs, Counted())
     model, store = load_causal_lm(str(inputs.proxy)), inputs.upper[0][2]
-    documents = inputs.pool.rows(ROWS)
+    those = inputs.pool.rows(ROWS)
     with torch.no_grad():
-        before = reference_losses(model, params_of(model), documents)
+        before = reference_losses(model, params_of(model), those)
     clipped(model, reference_upper(model, params_of(model), store.rows(np.arange(len(store)))))
     with torch.no_grad():
         for p in model.parameters():  # a fresh Adam's first step is the sign of the gradient
             p.mul_(1 - 1e-2 * 0.01).sub_(1e-2 * p.grad / (p.grad.abs() + 1e-8))
-        after = reference_losses(model, params_of(model), documents)
+        after = reference_losses(model, params_of(model), those)
     assert method.score(inputs.pool, ROWS) == pytest.approx((before - after).numpy(), abs=2e-4)
     assert float((before - after).std()) > 1e-2
 
 
-def test_whole_texts_are_prompts_that_are_learned_too(pool: Callable[[int], Inputs]) -> None:
-    inputs = pool(0)
-    lm = CausalLM(inputs.warm_proxy)
-    batches = [next(upper_batches(inputs, 8, "x")) for _ in range(2)]
-    whole, given = (upper_objective_of(lm, iter([b]), inputs, how) for b, how in zip(batches, ("text", "response")))
-    assert torch.equal(whole.batch.target_BT, given.batch.target_BT)  # these examples have no prompt
+def test_whole_texts_are_prompts_that_are_learned_too() -> None:
+    given, plain = documents((9, 6, 4), (4, 1, 3)), documents((9, 6, 4))
+    assert torch.equal(whole_texts(make_batch(given, 0)).target_BT, make_batch(plain, 0).target_BT)
+    assert make_batch(given, 0).n_predicted == 5 + 5 + 1 and whole_texts(make_batch(given, 0)).n_predicted == 8 + 5 + 3

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from bilect.bilevel.objective import Objective, lower_objective, upper_objective
 from bilect.data.batch import IGNORE, Batch
@@ -15,7 +14,15 @@ from bilect.methods.contract import Inputs
 from bilect.models.causal_lm import CausalLM
 from bilect.runtime.seeds import derive_seed
 
-__all__ = ["LearnedPart", "Steps", "pool_batches", "pool_objective", "upper_batches", "upper_objective_of"]
+__all__ = [
+    "LearnedPart",
+    "Steps",
+    "pool_batches",
+    "pool_objective",
+    "upper_batches",
+    "upper_objective_of",
+    "whole_texts",
+]
 
 LearnedPart = Literal["response", "text"]
 WEIGHT_DECAY, GRAD_CLIP = 0.01, 1.0
@@ -48,11 +55,11 @@ class Steps:
     ) -> None:
         self.lm, self.draw, self.bf16 = lm, draw, bf16
         self.params = lm.params()
-        betas, eps = (adam.betas, adam.eps) if adam else (Adam.betas, Adam.eps)
+        adam = adam or Adam({}, {})
         self.optimizer = torch.optim.AdamW(
-            list(self.params.values()), lr=learning_rate, betas=betas, eps=eps, weight_decay=WEIGHT_DECAY
+            list(self.params.values()), lr=learning_rate, betas=adam.betas, eps=adam.eps, weight_decay=WEIGHT_DECAY
         )
-        for name, p in self.params.items() if adam and adam.step else ():
+        for name, p in self.params.items() if adam.step else ():
             moments = {"exp_avg": adam.first[name].clone(), "exp_avg_sq": adam.second[name].clone()}
             self.optimizer.state[p] = {"step": torch.tensor(float(adam.step)), **moments}
         self.done, self.loss = 0, 0.0
@@ -122,11 +129,11 @@ def pool_objective(lm: CausalLM, batches: BatchStream) -> Objective:
 def upper_objective_of(lm: CausalLM, batches: Iterator[Batch], inputs: Inputs, learned: LearnedPart) -> Objective:
     """f on the next batch of the upper sets: of the responses, or of the examples as whole texts."""
     batch = next(batches)
-    batch = batch if learned == "response" else _whole(batch)
+    batch = batch if learned == "response" else whole_texts(batch)
     return upper_objective(lm, batch, [weight for _, weight, _ in inputs.upper])
 
 
-def _whole(batch: Batch) -> Batch:
+def whole_texts(batch: Batch) -> Batch:
     """The same documents with their prompts learned too."""
     target_BT = torch.full_like(batch.target_BT, IGNORE)
     target_BT[:, :-1] = batch.input_ids_BT[:, 1:].masked_fill(batch.mask_BT[:, 1:] == 0, IGNORE)

@@ -35,8 +35,12 @@ class ExcessConfig(MethodConfig):
     learning_rate: PositiveFloat = Field(5e-4, description="of AdamW")
     batch_size: PositiveInt = Field(16, description="upper documents of a step, over all ranks")
     learned: LearnedPart = Field("text", description="of the upper examples: whole texts, or the responses alone")
-    pool_weight: NonNegativeFloat = Field(0.0, description="of the loss on as many candidates, added to f: keeps w near")
-    control: Literal["warm", "pool"] = Field("warm", description="u: the warm proxy, or after K steps on the candidates")
+    pool_weight: NonNegativeFloat = Field(
+        0.0, description="of the loss on as many candidates, added to f: keeps w near"
+    )
+    control: Literal["warm", "pool"] = Field(
+        "warm", description="u: the warm proxy, or after K steps on the candidates"
+    )
 
 
 class Excess(DocumentMethod[ExcessConfig]):

@@ -2,9 +2,9 @@
 
     score_i = sum_c rate_c < grad l_i(theta_c), z_c >        z_c = P_c grad f(theta_c)
 
-over C checkpoints of a short continuation of the proxy's warm-up on the candidates, rate_c its learning rate; f is the
-upper loss on a large sample of the upper data, and P_c = 1 / (sqrt(v_c) + eps) with AdamW's second moment v_c (``solver:
-adam``; SAMA, arXiv 2310.05674), or 1 (``identity``: TracIn, arXiv 2002.08484). To first order it is by how much steps
+over C checkpoints of a short continuation of the proxy's warm-up on the candidates, rate_c its learning rate. f is the
+upper loss on a large sample of the upper data, and P_c = 1 / (sqrt(v_c) + eps) with AdamW's second moment v_c (solver
+``adam``; SAMA, arXiv 2310.05674), or 1 (``identity``; TracIn, arXiv 2002.08484). To first order it is by how much steps
 on the document at the checkpoints lower f. No gradient of a single document is formed, see ``functional.directional``.
 """
 
@@ -14,8 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from bilect.bilevel.objective import directional
 from bilect.data.batch import make_batch
