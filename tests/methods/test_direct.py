@@ -87,7 +87,7 @@ def test_influence_against_a_loop_over_documents(
 
 def test_one_step_of_excess_has_a_closed_form(pool: Callable[[int], Inputs], tmp_path: Path) -> None:
     inputs = one_set(pool(0), tmp_path)
-    method = methods.make("excess", {"steps": 1, "learning_rate": 1e-2})
+    method = methods.make("excess", {"steps": 1, "learning_rate": 1e-2, "held_out": 0})
     method.fit(inputs, Counted())
     model, store = load_causal_lm(str(inputs.proxy)), inputs.upper[0][2]
     those = inputs.pool.rows(ROWS)
@@ -106,3 +106,21 @@ def test_whole_texts_are_prompts_that_are_learned_too() -> None:
     given, plain = documents((9, 6, 4), (4, 1, 3)), documents((9, 6, 4))
     assert torch.equal(whole_texts(make_batch(given, 0)).target_BT, make_batch(plain, 0).target_BT)
     assert make_batch(given, 0).n_predicted == 5 + 5 + 1 and whole_texts(make_batch(given, 0)).n_predicted == 8 + 5 + 3
+
+
+def test_the_reference_is_the_best_on_what_it_does_not_learn(pool: Callable[[int], Inputs], tmp_path: Path) -> None:
+    inputs = replace(pool(0), scratch=tmp_path)
+    method = methods.make("excess", {"steps": 100, "learning_rate": 2e-2, "control": "pool"})  # it overfits
+    figures = method.fit(inputs, Counted())
+    assert 10 <= figures["steps"] <= 40 and figures["steps"] % 10 == 0
+    total = 0.0
+    for _, weight, store in inputs.upper:
+        order = np.random.default_rng(derive_seed(inputs.seed, "excess", "held out")).permutation(len(store))
+        rows = store.rows(np.sort(order[: len(store) // 5]))
+        with torch.no_grad():
+            total += weight / 3 * float(reference_upper(method.reference, params_of(method.reference), rows))
+    assert figures["held_out_loss"] == pytest.approx(total, rel=1e-5) and total < figures["held_out_loss_before"]
+    short = methods.make("excess", {"steps": figures["steps"], "learning_rate": 2e-2, "held_out": 0, "control": "pool"})
+    short.fit(replace(inputs, scratch=tmp_path / "short"), Counted())
+    for a, b in zip(method.base.parameters(), short.base.parameters(), strict=True):
+        assert torch.equal(a, b)  # the control has taken as many steps

@@ -1,13 +1,15 @@
 """A short training of the proxy that a method's scores come from: AdamW on objectives drawn one after the other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from bilect.bilevel.objective import Objective, lower_objective, upper_objective
-from bilect.data.batch import IGNORE, Batch
-from bilect.data.loading import BatchStream, SetStream
+from bilect.data.batch import IGNORE, Batch, make_batch
+from bilect.data.loading import BatchStream, SetStream, length_bucketed
+from bilect.functional.losses import token_losses
 from bilect.functional.trees import Tree
 from bilect.methods._influence import Adam
 from bilect.methods.contract import Inputs
@@ -20,6 +22,7 @@ __all__ = [
     "pool_batches",
     "pool_objective",
     "upper_batches",
+    "upper_loss",
     "upper_objective_of",
     "whole_texts",
 ]
@@ -114,10 +117,12 @@ def pool_batches(inputs: Inputs, batch_size: int, *labels: str | int) -> BatchSt
     )
 
 
-def upper_batches(inputs: Inputs, batch_size: int, *labels: str | int) -> SetStream:
-    """Endless batches of the upper sets."""
+def upper_batches(
+    inputs: Inputs, batch_size: int, *labels: str | int, rows: Sequence[np.ndarray] | None = None
+) -> SetStream:
+    """Endless batches of the upper sets, or of some rows of each."""
     _, weights, stores = zip(*inputs.upper, strict=True)
-    return SetStream(stores, weights, batch_size, inputs.pad_id, derive_seed(inputs.seed, *labels), inputs.device)
+    return SetStream(stores, weights, batch_size, inputs.pad_id, derive_seed(inputs.seed, *labels), inputs.device, rows)
 
 
 def pool_objective(lm: CausalLM, batches: BatchStream) -> Objective:
@@ -131,6 +136,22 @@ def upper_objective_of(lm: CausalLM, batches: Iterator[Batch], inputs: Inputs, l
     batch = next(batches)
     batch = batch if learned == "response" else whole_texts(batch)
     return upper_objective(lm, batch, [weight for _, weight, _ in inputs.upper])
+
+
+@torch.no_grad()
+def upper_loss(lm: CausalLM, inputs: Inputs, rows: Sequence[np.ndarray], learned: LearnedPart) -> float:
+    """f on some rows of each upper set: the weighted mean of their losses per predicted token, in float32."""
+    total = 0.0
+    for (_, weight, store), own in zip(inputs.upper, rows, strict=True):
+        loss, tokens = 0.0, 0
+        for part in length_bucketed(store.length_R, own, inputs.batch_tokens):
+            batch = make_batch(store.rows(part), inputs.pad_id).to(lm.device)
+            batch = batch if learned == "response" else whole_texts(batch)
+            hidden_ND = batch.predicting(lm.hidden(batch.input_ids_BT))
+            loss += float(token_losses(hidden_ND, lm.head(), batch.labels_N).ce_N.double().sum())
+            tokens += batch.n_predicted
+        total += weight * loss / max(tokens, 1)
+    return total / sum(weight for _, weight, _ in inputs.upper)
 
 
 def whole_texts(batch: Batch) -> Batch:

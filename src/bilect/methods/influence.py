@@ -8,6 +8,7 @@ upper loss on a large sample of the upper data, and P_c = 1 / (sqrt(v_c) + eps) 
 on the document at the checkpoints lower f. No gradient of a single document is formed, see ``functional.directional``.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,10 +61,9 @@ class Influence(DocumentMethod[InfluenceConfig]):
 
     def score(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
         """Two forward passes, or their like, per checkpoint."""
-        inputs, total_R = self.inputs, np.zeros(len(rows))
-        lm = CausalLM(inputs.load(inputs.proxy))
+        inputs, lm, total_R = self.inputs, self._lm, np.zeros(len(rows))
         for theta, z in self.pairs:
-            lm.model.load_state_dict(theta, strict=False)
+            lm.model.load_state_dict(theta, strict=False)  # what is no parameter stays
             for part in length_bucketed(store.length_R[rows], np.arange(len(rows)), inputs.batch_tokens):
                 batch = make_batch(store.rows(rows[part]), inputs.pad_id).to(inputs.device)
                 d_B = directional(lm, batch, theta, z, self.config.directional)
@@ -74,6 +74,10 @@ class Influence(DocumentMethod[InfluenceConfig]):
         """Two forward passes of the proxy per checkpoint; the other ways cost about the same."""
         tokens = float(store.length_R[rows].sum())
         return 2 * len(self.pairs) * forward_flops(self.inputs.warm_proxy, tokens, tokens / len(rows))
+
+    @cached_property
+    def _lm(self) -> CausalLM:
+        return CausalLM(self.inputs.load(self.inputs.proxy))
 
     def _fit(self, task: Task) -> Figures:
         inputs, config = self.inputs, self.config
