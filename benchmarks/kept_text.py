@@ -23,7 +23,7 @@ from scipy.stats import rankdata
 
 from bilect.config import load_config
 from bilect.data.tokens import TokenStore
-from bilect.pipeline.context import RunContext, target_folder
+from bilect.pipeline.context import RunContext, arm_folder
 from bilect.runtime.progress import SilentProgress
 from bilect.selection.records import kept_ids
 
@@ -57,10 +57,10 @@ def of_run(root: Path) -> dict[str, dict[str, float]]:
     target = [(ids.numpy(), given) for ids, given in heldout[name].rows(np.arange(len(heldout[name])))]
     shard = run.shard(1, len(pool))
     place = {d: int(r) for d, r in zip(pool.doc_ids(shard), shard, strict=True)}
-    arms = [a for a in ("bliss", *config.controls) if (root / target_folder(a, 1)).with_name("selected").is_dir()]
+    arms = [a for a in config.arms if (root / arm_folder(config, a, 1) / "selected").is_dir()]
     figures = {}
     for arm in arms:
-        folder = (root / target_folder(arm, 1)).parent
+        folder = root / arm_folder(config, arm, 1)
         rows = [place[d] for d in kept_ids(folder / "selected")]
         figures[arm] = {**of_text(pool, rows, target, len(run.tokenizer)), "between_sources": between(folder)}
         figures[arm]["loss"] = json.loads((folder / "eval.json").read_text())[name]["loss"]

@@ -33,7 +33,7 @@ def main() -> None:
     from bilect.bilevel.cost import fit_flops
     from bilect.config import load_config
     from bilect.pipeline import stages as pipeline
-    from bilect.pipeline.context import RunContext, target_folder
+    from bilect.pipeline.context import WARM_TARGET, RunContext
     from bilect.runtime.progress import RichProgress
     from bilect.verify.retraining import run_retraining
     from bilect.verify.retraining.scores import VARIANTS
@@ -42,7 +42,7 @@ def main() -> None:
     with RichProgress() as progress:
         pipeline.run(config, args.out / "run", progress, command="warmup")
         run = RunContext(args.out / "run", config, progress)
-        proxy, target = run.load("warmup/proxy"), run.load(target_folder("bliss", 0))
+        proxy, target = run.load("warmup/proxy"), run.load(WARM_TARGET)
         lengths = {
             "lower_length": float(run.pool().length_R.mean()),
             "upper_length": float(run.upper().length_R.mean()),

@@ -43,7 +43,7 @@ def test_auto_model_loads_a_saved_score_model(tmp_path):
 
 def test_help_needs_no_heavy_import():
     script = (
-        "import sys, bilect.cli; from typer.testing import CliRunner;"
+        "import sys, bilect.cli.commands; from typer.testing import CliRunner;"
         "r = CliRunner().invoke(bilect.cli.commands.app, ['--help']); assert r.exit_code == 0 and 'demo' in r.output;"
         "print([m for m in ('torch', 'transformers', 'duckdb', 'matplotlib', 'pyarrow') if m in sys.modules])"
     )
@@ -52,20 +52,20 @@ def test_help_needs_no_heavy_import():
 
 def test_examples_are_valid_settings(tmp_path):
     from bilect.compare.cells import cells
-    from bilect.methods import choosers
+    from bilect.methods import methods_of
 
     configs = {file.stem: load_config(file) for file in (ROOT / "examples").glob("*.yaml")}
     published = configs["bliss"]
     assert published.rounds == 4 and published.fit.steps == 3000 and published.selection.keep_ratio == 0.2
     assert {"random", "full", "dsir", "perplexity", "mates", "less"} < {*configs["compare"].controls}
     for config in configs.values():
-        assert all(choosers(cell.config) is not None for cell in cells(config, tmp_path))
+        assert all(methods_of(cell.config) for cell in cells(config, tmp_path))
 
 
 def test_ablations_change_one_thing_each():
     """Of every claim of the papers that has a setting."""
     config = load_config(ROOT / "examples" / "ablations.yaml")
     keys = {key for changes in config.compare.variants.values() for key in changes}
-    assert keys >= {"fit.weighting", "fit.kl_coef", "fit.kl_direction", "fit.solver", "models.proxy", "reset_proxy",
-                    "carry_score_model", "rounds", "selection.keep_ratio", "online.sync_every",
+    assert keys >= {"fit.weighting", "fit.kl_coef", "fit.kl_direction", "fit.solver", "models.proxy", "fit.reset_proxy",
+                    "fit.carry_score_model", "rounds", "selection.keep_ratio", "online.sync_every",
                     "online.reference_steps", "online.keep_ratio", "online.baseline"}  # fmt: skip

@@ -2,6 +2,8 @@
 
 import errno
 import os
+from collections.abc import Mapping
+from typing import Any
 
 __all__ = ["BilectError", "DivergedError", "explain", "reason"]
 
@@ -18,7 +20,16 @@ class BilectError(Exception):
 
 
 class DivergedError(BilectError):
-    """A loss that is not a number. Where estimators are studied this is a finding, unlike a mistake in the input."""
+    """A loss that is not a number. Where estimators are studied this is a finding, unlike a mistake in the input.
+
+    Attributes:
+        models: the newest models at which all was well, by name.
+        good_step: steps they have behind them; None if no step of this attempt was good.
+    """
+
+    def __init__(self, message: str, models: Mapping[str, Any] | None = None, good_step: int | None = None) -> None:
+        super().__init__(message)
+        self.models, self.good_step = dict(models or {}), good_step
 
 
 def explain(error: BaseException) -> str | None:

@@ -160,7 +160,7 @@ def test_only_done_stages_are_shared(corpus, killed_and_finished, tmp_path):
     share(cell)
     stages = read_manifest(cell.folder)["stages"]
     assert (cell.folder / "target").is_dir() is ("publish" in stages)
-    assert "round 1: fit" in stages and "evaluate warm" in stages and "round 1: train bliss" not in stages
+    assert "round 1: fit bliss" in stages and "evaluate warm" in stages and "round 1: train bliss" not in stages
 
 
 @pytest.mark.parametrize(

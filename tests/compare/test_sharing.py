@@ -14,18 +14,29 @@ from bilect.runtime.progress import SilentProgress
 from tests.corpus import tiny_settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-BLISS = {f"round 1: {what}" for what in ("fit", "score", "select", "train bliss", "evaluate bliss", "fidelity")} | {
-    "publish"
-}
-FEED = {f"round 1: {what}" for what in ("train bliss", "evaluate bliss", "fidelity")} | {"publish"}
+
+
+def of(names: tuple[str, ...], *kinds: str) -> set[str]:
+    return {f"round 1: {kind} {name}" for name in names for kind in kinds}
 
 
 def arm(*names: str) -> set[str]:
-    return {f"round 1: {what} {name}" for name in names for what in ("train", "evaluate")}
+    """What follows from the choice: all that token methods and full have."""
+    return of(names, "train", "evaluate")
+
+
+def kept(*names: str) -> set[str]:
+    """The choice from given scores, and what follows."""
+    return of(names, "select") | arm(*names)
 
 
 def choice(*names: str) -> set[str]:
-    return {f"round 1: choose {name}" for name in names} | arm(*names)
+    """All of an arm that chooses documents."""
+    return of(names, "fit", "score") | kept(*names)
+
+
+FEED = arm("bliss") | {"round 1: fidelity", "publish"}
+BLISS = choice("bliss") | FEED
 
 
 def keys(config: Config) -> dict[str, str]:
@@ -50,7 +61,7 @@ def own(example: str, variant: str) -> set[str]:
         ("penalty", BLISS),
         ("proxy-300k", BLISS | {"warm up proxy"}),
         # how much is kept: of the whole shard, full and the token methods keep nothing out
-        ("keep-0.1", (BLISS | arm("random")) - {"round 1: fit", "round 1: score"}),
+        ("keep-0.1", FEED | kept("bliss", "random")),
         ("blade-T-25", arm("blade")),
         ("blade-matched-twin", arm("blade")),
     ],
@@ -77,7 +88,7 @@ def test_another_target_keeps_what_knows_no_target() -> None:
     assert own("compare.yaml", "dsir-mean") == choice("dsir")
 
 
-DRAWN = BLISS | choice("dsir") | arm("random", "full") | {"warm up proxy", "warm up target", "evaluate warm"}
+DRAWN = BLISS | choice("dsir", "random") | arm("full") | {"warm up proxy", "warm up target", "evaluate warm"}
 
 
 @pytest.mark.parametrize(
@@ -87,12 +98,12 @@ DRAWN = BLISS | choice("dsir") | arm("random", "full") | {"warm up proxy", "warm
         ("data.heldout_data", [{"path": "other.jsonl"}], DRAWN | {"tokenise held-out", "tokenise upper"}),
         ("seed", 5, DRAWN),
         ("warmup.proxy.steps", 7, BLISS | {"warm up proxy"}),
-        ("selection.temperature", 0.5, FEED | choice("dsir") | {"round 1: select"}),
-        ("selection.top_k", 5, FEED | choice("dsir") | arm("random") | {"round 1: select"}),
+        ("selection.temperature", 0.5, FEED | kept("bliss", "dsir")),
+        ("selection.top_k", 5, FEED | kept("bliss", "dsir", "random")),
         ("online.method", "blade", FEED),
         ("training.steps", 7, FEED | arm("random", "full", "dsir")),
         ("curve", {"every": 3}, FEED | arm("random", "full", "dsir")),
-        ("reset_proxy", False, set()),  # there is one round
+        ("fit.reset_proxy", False, set()),  # there is one round
         ("rounds", 2, None),  # another shard, and so all of it
     ],
 )

@@ -27,7 +27,7 @@ def test_defaults_are_the_papers(tmp_path):
     assert (config.fit.l2_coef, config.fit.grad_clip, config.fit.warmup_ratio) == (1e-7, 1.0, 0.1)
     assert (config.selection.keep_ratio, config.training.steps, config.training.decay_steps) == (0.2, 10_000, 200)
     assert (config.models.proxy, config.models.score_head, config.fit.weighting) == ("pythia-31m", "sigmoid", "softmax")
-    assert config.reset_proxy and config.carry_score_model
+    assert config.fit.reset_proxy and config.fit.carry_score_model
 
 
 def test_overrides(tmp_path):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bilect.config import parse_config
-from bilect.data import checks
 from bilect.data.checks import DocumentIndex
 from bilect.data.documents import Document
+from bilect.data.store import Naming
 from bilect.data.tokens import TokenStore, write_tokens
 from bilect.errors import BilectError
 from bilect.models.loading import train_tokenizer
@@ -68,13 +68,16 @@ def test_layout_order_and_weights(tmp_path):
     pool = run.pool()
     assert pool.doc_ids(range(12)) == [f"d{i}" for i in range(12)] and pool.weight_R is not None
     assert pool.weight_R.tolist() == [1] * 5 + [2] * 7 and pool.sources([4, 5]) == ["a", "b"]
-    assert pool_figures == {"tokens": pool.length_R.sum(), "documents": 12, "skipped": {}, "flops": 0.0}
+    assert pool_figures == {
+        "tokens": pool.length_R.sum(), "documents": 12, "skipped": {}, "not_read": 0, "inputs_with_renamed_ids": 0,
+        "flops": 0.0,
+    }  # fmt: skip
     sets = run.upper_sets()
     assert [(name, weight, len(store)) for name, weight, store in sets] == [("upper", 3.0, 3), ("more", 1.0, 2)]
     assert run.upper().doc_ids(range(5)) == ["u0", "u1", "u2", "m0", "m1"]  # in the order of the config
-    assert upper_figures == {"tokens": run.upper().length_R.sum(), "skipped": {}, "flops": 0.0}
+    assert upper_figures == {"tokens": run.upper().length_R.sum(), "skipped": {}, "not_read": 0, "flops": 0.0}
     heldout_tokens = run.heldout_sets()["heldout"].length_R.sum()
-    assert heldout_figures == {"tokens": heldout_tokens, "skipped": {}, "flops": 0.0}
+    assert heldout_figures == {"tokens": heldout_tokens, "skipped": {}, "not_read": 0, "flops": 0.0}
     assert skipped(run) == [] and len(run.excluded()) == 0
 
 
@@ -86,57 +89,80 @@ def test_shards_without_exclusions_are_a_plain_split(tmp_path):
     assert run.shard(0, 12).tolist() == sorted(order[:3]) and run.shard(1, 12).tolist() == sorted(order[3:])
 
 
-def test_documents_that_occur_twice_across_files(tmp_path):
+def test_a_text_that_occurs_twice_is_left_out_whatever_its_id(tmp_path):
     corpus(tmp_path)
-    write_jsonl(tmp_path / "b.jsonl", [*POOL[5:], {"id": "d3", "text": "other text"}, POOL[7]])
-    with pytest.raises(BilectError) as caught:
-        tokenise(context(tmp_path))
-    assert str(caught.value) == (
-        f"data: {tmp_path}/b.jsonl, line 8: doc_id 'd3' occurs twice, first in {tmp_path}/a.jsonl, line 4 "
-        "(data.on_bad_record=skip leaves such records out)"
-    )
-    run = context(tmp_path, on_bad_record="skip")
+    write_jsonl(tmp_path / "b.jsonl", [*POOL[5:], {"id": "other", "text": POOL[3]["text"]}, POOL[7]])
+    run = context(tmp_path)
     figures, _, _ = tokenise(run)
-    assert figures["documents"] == 12 and figures["skipped"] == {"duplicate doc_id": 2}
-    assert figures["tokens"] == run.pool().length_R[:12].sum()
+    assert figures["documents"] == 12 and figures["skipped"] == {"duplicate text": 2}
+    assert figures["tokens"] == run.pool().length_R[:12].sum() and figures["inputs_with_renamed_ids"] == 0
     assert len(run.pool()) == 14 and run.excluded().tolist() == [12, 13]
-    assert skipped(run) == [("pool", "b.jsonl", f"line {n}", "duplicate doc_id") for n in (8, 9)]
+    assert skipped(run) == [("pool", "b.jsonl", f"line {n}", "duplicate text") for n in (8, 9)]
     shards = [run.shard(n, 14).tolist() for n in (0, 1)]
     assert sorted(shards[0] + shards[1]) == list(range(12)) and len(shards[0]) == 3
 
 
-def test_texts_that_occur_twice_without_ids(tmp_path):
+def test_repeated_texts_can_be_kept_under_ids_of_their_own(tmp_path):
     corpus(tmp_path)
-    write_jsonl(tmp_path / "a.jsonl", [{"text": d["text"]} for d in [*POOL[:5], POOL[1]]])
-    with pytest.raises(BilectError, match=r"a\.jsonl, line 6: the same text occurs twice, first in .*a\.jsonl, line 2"):
-        tokenise(context(tmp_path))
+    write_jsonl(tmp_path / "b.jsonl", [*POOL[5:], {"text": POOL[3]["text"]}, POOL[7]])
+    run = context(tmp_path, duplicates="keep")
+    figures, _, _ = tokenise(run)
+    ids = run.pool().doc_ids(range(14))
+    assert figures["documents"] == 14 and figures["skipped"] == {} and len(set(ids)) == 14
+    assert ids[:5] == ["d0", "d1", "d2", "d3", "d4"] and (ids[7], ids[13]) == ("b/3/d7", "b/9/d7")
+
+
+def test_repeated_texts_can_stop_the_run_before_anything_is_tokenised(tmp_path, monkeypatch):
+    corpus(tmp_path)
+    write_jsonl(tmp_path / "b.jsonl", [*POOL[5:], {"id": "x", "text": POOL[3]["text"]}])
+    monkeypatch.setattr("bilect.data.token_files.write_tokens", None)
+    with pytest.raises(BilectError) as caught:
+        tokenise(context(tmp_path, duplicates="fail"))
+    assert str(caught.value) == (
+        f"data: {tmp_path}/b.jsonl, line 8: the same text occurs twice, first in {tmp_path}/a.jsonl, line 4 "
+        "(data.duplicates=drop leaves such documents out, keep keeps them)"
+    )
+
+
+def test_ids_that_start_again_in_every_shard_are_told_apart(tmp_path):
+    corpus(tmp_path)
+    for shard, part in enumerate((POOL[:5], POOL[5:])):
+        write_jsonl(tmp_path / f"{'ab'[shard]}.jsonl", [{"id": n, "text": d["text"]} for n, d in enumerate(part)])
+    notes: list[str] = []
+    run = context(tmp_path)
+    run = RunContext(
+        run.root, run.config, type("Notes", (SilentProgress,), {"note": lambda _, text: notes.append(text)})()
+    )
+    figures, _, _ = tokenise(run)
+    assert figures["documents"] == 12 and figures["skipped"] == {} and figures["inputs_with_renamed_ids"] == 2
+    assert run.pool().doc_ids(range(12)) == [*(f"a/{n}" for n in range(5)), *(f"b/{n}" for n in range(7))]
+    assert run.pool().doc_id(6) == "b/1" and run.pool().given_ids([6]) == ["1"]
+    batch = next(iter(run.pool().reader(["row", "doc_id"])))
+    assert batch.to_pylist()[4] == {"row": 4, "doc_id": "a/4"}
+    assert notes == [f"ids of {tmp_path}/a.jsonl and of 1 more occur more than once: they are called a/ID"]
 
 
 def test_pieces_of_a_repeated_document_are_all_excluded(tmp_path):
     corpus(tmp_path)
     long = {"id": "d2", "text": "a long document " * 60}
-    write_jsonl(tmp_path / "b.jsonl", [*POOL[5:], long])
-    run = context(tmp_path, on_bad_record="skip", long_documents="chunk")
+    write_jsonl(tmp_path / "b.jsonl", [long, *POOL[5:], {**long, "id": "again"}])
+    run = context(tmp_path, long_documents="chunk")
     figures, _, _ = tokenise(run)
     excluded = run.excluded()
-    assert len(excluded) > 3 and figures["skipped"] == {"duplicate doc_id": 1}
-    assert {d.split("#")[0] for d in run.pool().doc_ids(excluded)} == {"d2"}
-    assert run.pool().sources(excluded) == ["b"] * len(excluded)
-
-
-def test_equal_hashes_of_different_ids_are_no_repetition(tmp_path, monkeypatch):
-    monkeypatch.setattr("bilect.data.tokens.hash64", lambda text: len(text))
-    monkeypatch.setattr(checks, "hash64", len)
-    documents = [Document(i, "s", "x", record=n) for n, i in enumerate(["aa", "bb", "c", "aa", "cc", "bb", "aa"])]
-    write_tokens(documents, train_tokenizer(["x y"] * 5, 300), tmp_path / "t.arrow", context=8)
-    assert DocumentIndex(TokenStore(tmp_path / "t.arrow")).repeated() == [(3, 0), (5, 1), (6, 0)]
+    assert len(excluded) > 3 and figures["skipped"] == {"duplicate text": 1}
+    assert {d.split("#")[0] for d in run.pool().doc_ids(excluded)} == {"b/again"}
+    assert run.pool().doc_ids([5, 6]) == ["b/d2#0", "b/d2#1"] and run.pool().doc_id(2) == "a/d2"  # two texts
 
 
 def test_the_first_records_of_two_files_are_two_documents(tmp_path):
     for name in ("a", "b"):
         document = Document("same", name, "x", record=1)
         write_tokens([document], train_tokenizer(["x y"] * 5, 300), tmp_path / f"{name}.arrow", context=8)
-    assert DocumentIndex(TokenStore(tmp_path)).repeated() == [(1, 0)]
+    index = DocumentIndex(TokenStore(tmp_path))
+    assert index.repeated().tolist() == [[1, 0]]
+    assert index.naming(["a", "b"]) == [Naming("a/"), Naming("b/")]
+    index.leave_out(np.array([1]))
+    assert index.naming(["a", "b"]) == [Naming(), Naming()] and index.repeated().tolist() == []
 
 
 def test_held_out_texts_are_taken_out_of_the_pool(tmp_path):
@@ -165,7 +191,7 @@ def test_held_out_texts_stay_out_when_settings_change_there_and_back(tmp_path):
         assert [s.name for s in plan] == ["tokenise pool", "tokenise held-out", "tokenise upper"]
         directory = RunDir(run.root)
         for s in plan:
-            directory.stage(s.name, s.action, settings=s.settings, after=s.after)
+            directory.stage(s.name, s.action, settings=s.settings, after=s.reads)
 
     tokenise_stages(skipping)
     lines = skipped(skipping)
@@ -186,15 +212,15 @@ def test_upper_and_held_out_must_not_share_a_text(tmp_path):
 def test_sets_of_several_files_and_with_bad_records(tmp_path):
     corpus(tmp_path)
     (tmp_path / "exam").mkdir()
-    write_jsonl(tmp_path / "exam" / "1.jsonl", [{"id": "q", "text": "one"}, {"id": "q", "text": "more 0"}, {"id": 3}])
+    write_jsonl(tmp_path / "exam" / "1.jsonl", [{"id": "q", "text": "one"}, {"text": "one"}, {"id": 3}])
     write_jsonl(tmp_path / "exam" / "2.jsonl", [{"id": "r", "text": "two"}])
     run = context(tmp_path, on_bad_record="skip", heldout_data=[{"path": str(tmp_path / "exam")}])
-    _, figures, _ = tokenise(run)  # "more 0" is in the upper data, but is left out here as a repeated id
+    _, figures, _ = tokenise(run)
     store = TokenStore(run.root / "tokens" / "heldout" / "exam.arrow")
     assert store.doc_ids(range(len(store))) == ["q", "r"] and store.texts([0, 1]) == ["one", "two"]
-    assert figures["skipped"] == {"no text field": 1, "duplicate doc_id": 1}
+    assert figures["skipped"] == {"no text field": 1, "duplicate text": 1}
     assert skipped(run) == [
-        ("heldout", "1.jsonl", "line 3", "no text field"), ("heldout", "1.jsonl", "line 2", "duplicate doc_id")
+        ("heldout", "1.jsonl", "line 3", "no text field"), ("heldout", "1.jsonl", "line 2", "duplicate text")
     ]  # fmt: skip
 
 

@@ -73,15 +73,16 @@ def test_what_choosing_costs_is_told(finished):
     flops = summary["cost"]["flops"]
     assert flops["choosing dsir"] == 0.0  # hashing, no proxy
     assert flops["choosing perplexity"] == pytest.approx(
-        records["warm up proxy"]["flops"] + records["round 1: choose perplexity"]["flops"]
+        records["warm up proxy"]["flops"]
+        + sum(records[f"round 1: {what} perplexity"]["flops"] for what in ("fit", "score"))
     )
-    assert records["round 1: choose perplexity"]["flops"] > 0
+    assert records["round 1: score perplexity"]["flops"] > 0
 
 
 def test_killed_and_started_again(corpus, finished, tmp_path):
     _, summary = finished
     config, log = parse_config(settings(corpus)), tmp_path / "log"
-    for stage, at in (("round 1: choose dsir", END), ("round 1: choose perplexity", 1)):
+    for stage, at in (("round 1: fit dsir", END), ("round 1: score dsir", END), ("round 1: score perplexity", 1)):
         assert in_fork(lambda s=stage, a=at: run_watched(config, tmp_path / "run", KillingProgress(log, s, a))) == -9
     again = run(config, tmp_path / "run")
     assert again["heldout_loss"] == summary["heldout_loss"]
@@ -91,8 +92,14 @@ def test_killed_and_started_again(corpus, finished, tmp_path):
     ("changes", "message"),
     [
         ({"controls": ["dsri"], "methods": {}}, "no method 'dsri'; did you mean 'dsir'"),
-        ({"controls": ["bliss"], "methods": {}}, "bliss is what the run itself does"),
-        ({"methods": {"less": {}}}, "settings of 'less', which is none of the controls"),
+        ({"controls": ["bliss"], "methods": {}}, "bliss is what the run itself is about"),
+        ({"methods": {"less": {}}}, "settings of 'less', which is neither the method nor one of the controls"),
+        ({"method": "dsri", "methods": {}}, "method: there is no method 'dsri'; did you mean 'dsir'"),
+        (
+            {"method": "blade", "methods": {}},
+            "blade does not choose documents; to train with it, set online.method=blade",
+        ),
+        ({"method": "full", "controls": [], "methods": {}}, "method: full does not choose documents"),
         ({"methods": {"dsir": {"bukets": 3}}}, "dsir: unknown key 'bukets'; did you mean 'buckets'"),
     ],
 )

@@ -99,7 +99,7 @@ def test_what_was_selected_is_told(compared):
 def test_a_method_that_knows_no_target_needs_no_upper_data(corpus, tmp_path):
     records = run(parse_config(settings(corpus, controls=[])), tmp_path, command="train", arms=["perplexity"])
     assert "tokenise upper" not in records and not (tmp_path / "tokens" / "upper").exists()
-    assert 0 < records["round 1: choose perplexity"]["documents"] < 90
+    assert 0 < records["round 1: select perplexity"]["documents"] < 90
     assert records["round 1: evaluate perplexity"]["heldout_loss"] > 0
 
 
@@ -144,7 +144,7 @@ def test_plan_counts_the_choice_of_tokens(compared, corpus):
 
     out, records = compared
     lines = {p.name: p for p in plan_run(parse_config(settings(corpus, controls=[])), out, ["blade", "full"])}
-    assert all(p.done for p in lines.values()) and "round 1: fit" not in lines
+    assert all(p.done for p in lines.values()) and "round 1: fit bliss" not in lines
     assert lines["round 1: train blade"].flops == pytest.approx(records["round 1: train blade"]["flops"], rel=0.02)
 
 

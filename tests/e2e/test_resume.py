@@ -26,11 +26,11 @@ from tests.killing import END, START, KillingProgress, in_fork, run_watched
 MIDDLE = {
     "warm up proxy": (9, 7),
     "warm up target": (12 + 3, 12),  # in the decay branch, before its first checkpoint: the training before is kept
-    "round 1: fit": (15, 14),
+    "round 1: fit bliss": (15, 14),
     "round 1: train bliss": (8, 7),
     "round 1: train random": (12 + 9, 12),  # in the decay branch, after its first checkpoint
 }
-AT_THE_END = ("tokenise pool", "round 1: select", "round 1: evaluate random", "publish")
+AT_THE_END = ("tokenise pool", "round 1: select bliss", "round 1: evaluate random", "publish")
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def broken(corpus, tmp_path, **changes):
 def test_a_fit_that_blows_up_keeps_its_last_good_models(corpus, tmp_path):
     rates = {"proxy_learning_rate": 1e30, "reference_learning_rate": 1e-3, "warmup_ratio": 0.3}
     message = broken(corpus, tmp_path, fit=rates)
-    folder = tmp_path / "last-good" / "round-1-fit"
+    folder = tmp_path / "last-good" / "round-1-fit-bliss"
     step = json.loads((folder / "step.json").read_text())["step"]
     assert re.search(
         rf"at step {step + 2} of round 1; lower fit.proxy.* good state \(step {step}\) is in {folder}$", message
@@ -162,13 +162,13 @@ def test_a_training_that_blows_up_keeps_its_last_good_model(corpus, tmp_path):
 
 def test_broken_files_of_a_run_are_one_line(corpus, tmp_path):
     config, out = parse_config(short_settings(corpus)), tmp_path / "run"
-    progress = KillingProgress(tmp_path / "log", "round 1: fit", 9)
+    progress = KillingProgress(tmp_path / "log", "round 1: fit bliss", 9)
     assert in_fork(lambda: run_watched(config, out, progress)) == -signal.SIGKILL
-    state = out / ".partial" / "round-1-fit" / ".fit.pt"
-    metrics = state.parent / "round-1" / "metrics.jsonl"
+    state = out / ".partial" / "round-1-fit-bliss" / ".fit" / "fit.pt"
+    metrics = state.parent.parent / "round-1" / "method" / "metrics.jsonl"
     damages = (
-        (state, lambda data: data[:-100], f"cannot read {state} .*; delete {state.parent} to start the stage again"),
-        (metrics, lambda data: data[:50], f"{state} does not fit .*shorter.*; delete {state.parent} to start"),
+        (state, lambda data: data[:-100], f"cannot read {state} .*; delete {state} to fit anew"),
+        (metrics, lambda data: data[:50], f"{state} does not fit .*shorter.*; delete {state} to fit"),
         (out / "warmup" / "proxy" / "model.safetensors", lambda data: data[:-8], f"cannot load '{out}/warmup/proxy'"),
     )
     for file, change, message in damages:

@@ -18,7 +18,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Choose training data for language models by bilevel optimisation.",
-    epilog="Start with `bilect demo`, or `bilect init`, then `bilect run`. Completion: `bilect --install-completion`.",
+    epilog="Start with `bilect demo`, or `bilect choose POOL --target FILE --out DIR`. "
+    "Completion: `bilect --install-completion`.",
 )
 
 
@@ -97,6 +98,31 @@ def init(
     )
     write_template(file, values)
     typer.echo(f"{file}: edit it, then `bilect run {file} --out runs/{file.stem} --dry-run`")
+
+
+@app.command()
+def choose(
+    pool: Annotated[list[str], typer.Argument(help="Files, folders, globs, URLs: the candidates.", metavar="POOL...")],
+    target: Annotated[list[str], typer.Option(help="Examples that say what good means; repeatable.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the result; an unfinished one there goes on.")],
+    keep: Annotated[float | None, typer.Option(help="Share of the tokens to keep; default 0.2.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens to keep: 25M, 1.5B, 300k or a number.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Documents to keep.")] = None,
+    method: Annotated[str | None, typer.Option(help="What to choose by, see docs/methods.md.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or Hub name of a causal LM to judge with; default: a small one, trained here."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Choose the part of a pool to train on: records as they came, scores, and a report. Nothing else is trained."""
+    from bilect.cli.choosing import choose_with_progress
+    from bilect.pipeline.reuse import selection_settings
+
+    amount = selection_settings(keep_ratio=keep, budget_tokens=tokens, top_k=top_k)
+    choose_with_progress(pool, target, out, amount, method, model, seed, overrides or [], dry_run)
 
 
 @app.command()

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bilect.config import Config, load_config
 from bilect.errors import BilectError
 from bilect.runtime.progress import RichProgress
+
+if TYPE_CHECKING:
+    from bilect.pipeline.plan import PlannedStage
 
 __all__ = [
     "compare_with_progress",
@@ -16,6 +19,7 @@ __all__ = [
     "score_with_progress",
     "select_with_progress",
     "show_demo",
+    "show_plan",
     "show_run",
 ]
 
@@ -82,12 +86,16 @@ def show_demo(out: Path, seed: int = 0) -> None:
 
 def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str], arms: Sequence[Any] = ()) -> None:
     """``--dry-run``: the stages, what is done, and what the rest costs."""
+    from bilect.pipeline.plan import plan_run
+
+    show_plan(plan_run(load_config(config_file, overrides), out, arms), out)
+
+
+def show_plan(lines: "Sequence[PlannedStage]", out: Path) -> None:
+    """A plan as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    from bilect.pipeline.plan import plan_run
-
-    lines = plan_run(load_config(config_file, overrides), out, arms)
     table = Table(title=f"Plan of {out}: nothing is written")
     for name in ("stage", "state", "tokens", "TFLOPs", "about"):
         table.add_column(name, justify="left" if name in ("stage", "state") else "right")
@@ -158,20 +166,17 @@ def select_with_progress(
     source: Path, out: Path | None, settings: Mapping[str, Any], number: int | None, seed: int
 ) -> None:
     """``bilect select RUN``: another selection from scores that are there."""
-    from rich.table import Table
-
+    from bilect.cli.choosing import kept_table
     from bilect.pipeline.reuse import select_again
 
     with RichProgress() as progress:
         chosen, folder = select_again(source, out, settings, progress, number=number, seed=seed)
-    table = Table(title=f"{chosen.documents:,} of {chosen.pool_documents:,} documents, "
-                        f"{chosen.tokens:,} of {chosen.pool_tokens:,} tokens kept")  # fmt: skip
-    for name in ("source", "share of the pool", "share of what is kept", "documents kept"):
-        table.add_column(name, justify="left" if name == "source" else "right")
-    for name, share in sorted(chosen.pool_share.items(), key=lambda item: -chosen.kept_share[item[0]]):
-        row = (share, chosen.kept_share[name], chosen.kept_fraction[name])
-        table.add_row(name, *(f"{100 * value:.1f}%" for value in row))
-    progress.console.print(table)
+    title = (f"{chosen.documents:,} of {chosen.pool_documents:,} documents, "
+             f"{chosen.tokens:,} of {chosen.pool_tokens:,} tokens kept")  # fmt: skip
+    sources = {name: {"pool_share": share, "kept_share": chosen.kept_share[name],
+                      "kept_fraction": chosen.kept_fraction[name]}
+               for name, share in chosen.pool_share.items()}  # fmt: skip
+    progress.console.print(kept_table(title, sources))
     if chosen.near_duplicates:
         progress.note(f"{chosen.near_duplicates:,} documents are near-duplicates of better ones")
     if chosen.note:
@@ -273,7 +278,7 @@ def _table(summary: dict[str, Any]) -> Any:
     table.add_section()
     for name in summary["cost"]["seconds"]:
         if name == "selection" or name.startswith("choosing "):
-            label = "choosing bliss" if name == "selection" else name
+            label = f"choosing {summary['method']}" if name == "selection" else name
             cost = summary["cost"]["seconds"][name], summary["cost"]["flops"][name] / 1e12
             table.add_row(label, "", "", "", f"{cost[0]:.0f}", f"{cost[1]:.2f}")
     return table

@@ -15,7 +15,7 @@ from bilect.config.base import put
 from bilect.config.compare import CompareConfig
 from bilect.data.sources import set_name
 from bilect.errors import BilectError
-from bilect.methods import choosers
+from bilect.methods import methods_of
 from bilect.pipeline import texts
 from bilect.pipeline.context import RunContext
 from bilect.pipeline.directory import read_manifest
@@ -87,7 +87,7 @@ def check(found: Iterable[Cell]) -> None:
     """
     for cell in {cell.variant: cell for cell in found}.values():
         try:
-            choosers(cell.config)
+            methods_of(cell.config)
             if cell.config.tasks.names:
                 find_tasks(cell.config.tasks.names, cell.config.tasks.limit)
             texts.input_hashes(RunContext(cell.folder, cell.config, SilentProgress()))
@@ -128,7 +128,8 @@ def _variant(config: Config, name: str) -> Config:
             raise BilectError(f"{where} is the same for all variants; set it outside of them")
         put(values, key, value, where)
     if "controls" in changes and "methods" not in changes:  # settings of the base's other controls have no use here
-        values["methods"] = {arm: own for arm, own in config.methods.items() if arm in (values["controls"] or ())}
+        kept = (values.get("method", config.method), *(values["controls"] or ()))
+        values["methods"] = {arm: own for arm, own in config.methods.items() if arm in kept}
     try:
         return parse_config(values)
     except BilectError as error:

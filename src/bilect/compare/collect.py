@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bilect.compare.cells import Cell
-from bilect.pipeline.context import target_folder
+from bilect.methods import methods_of
+from bilect.methods.contract import Method
+from bilect.pipeline.context import arm_folder, target_folder
 from bilect.pipeline.directory import read_manifest
+from bilect.pipeline.summary import choosing_stages
 from bilect.selection.records import kept_ids
 
 __all__ = ["Arm", "Point", "collect"]
@@ -62,15 +65,15 @@ def collect(cell: Cell) -> dict[str, Arm]:
     summary = json.loads((cell.folder / "summary.json").read_text(encoding="utf-8"))
     records, tasks = read_manifest(cell.folder)["stages"], summary.get("tasks", {})
     found = {"warm": Arm(summary["heldout"]["warm"], tasks=tasks.get("warm", {}))}
-    for arm in ("bliss", *cell.config.controls):
+    for arm, method in methods_of(cell.config).items():
         numbers = range(1, cell.config.rounds + 1)
-        choosing = [_choosing(records, arm, n) for n in numbers]
+        choosing = [_choosing(records, method, n) for n in numbers]
         training = [records[f"round {n}: train {arm}"] for n in numbers]
         last = choosing[-1][-1] if choosing[-1] else {}
-        key, cost = ("selection" if arm == "bliss" else f"choosing {arm}"), summary["cost"]
+        key, cost = ("selection" if arm == cell.config.method else f"choosing {arm}"), summary["cost"]
         found[arm] = Arm(
             heldout=summary["heldout"][arm],
-            curve=_curve(cell, records, arm, choosing, training),
+            curve=_curve(cell, records, method, choosing, training),
             tokens=summary["tokens"][arm],
             choosing={k: cost[k].get(key, 0.0) for k in ("seconds", "flops")},
             training={k: cost[k][arm] for k in ("seconds", "flops")},
@@ -83,32 +86,31 @@ def collect(cell: Cell) -> dict[str, Arm]:
     return found
 
 
-def _choosing(records: Mapping[str, Any], arm: str, n: int) -> list[dict[str, Any]]:
+def _choosing(records: Mapping[str, Any], method: Method[Any], n: int) -> list[dict[str, Any]]:
     """The stages of one round in which an arm chooses its documents; none where it does not choose."""
-    names = ("fit", "score", "select") if arm == "bliss" else (f"choose {arm}",)
-    return [records[stage] for name in names if (stage := f"round {n}: {name}") in records]
+    return [records[f"round {n}{end}"] for end in choosing_stages(method) if end.startswith(":")]
 
 
 def _kept(cell: Cell, arm: str) -> frozenset[str]:
-    folders = ((cell.folder / target_folder(arm, n)).with_name("selected") for n in range(1, cell.config.rounds + 1))
-    return frozenset(i for folder in folders for i in kept_ids(folder))
+    folders = (arm_folder(cell.config, arm, n) for n in range(1, cell.config.rounds + 1))
+    return frozenset(i for folder in folders for i in kept_ids(cell.folder / folder / "selected"))
 
 
 def _curve(
     cell: Cell,
     records: Mapping[str, Any],
-    arm: str,
+    method: Method[Any],
     choosing: Sequence[Sequence[Mapping[str, Any]]],
     training: Sequence[Mapping[str, Any]],
 ) -> list[Point]:
     """All rounds one after another; a round's choosing is spent when it begins, the proxy's warm-up with the first."""
     settings, points, before = cell.config.training, list[Point](), 0.0
-    uses_proxy = arm == "bliss" or (choosing[0] and choosing[0][0].get("uses_proxy"))
-    spent = float(records["warm up proxy"]["flops"]) if uses_proxy else 0.0
+    spent = float(records["warm up proxy"]["flops"]) if choosing[0] and method.uses_proxy else 0.0
     for n, record in enumerate(training, start=1):
         spent += sum(float(r["flops"]) for r in choosing[n - 1])
         per_step = record["tokens"] / (settings.steps + settings.decay_steps)
-        lines = (cell.folder / target_folder(arm, n) / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+        file = cell.folder / target_folder(cell.config, method.name, n) / "heldout.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines()
         points += [Point(before + row["step"] * per_step, spent, row["loss"]) for row in map(json.loads, lines)]
         before += settings.steps * per_step
     return points

@@ -17,6 +17,7 @@ __all__ = [
     "Settings",
     "apply_overrides",
     "explain_wrong",
+    "parse_overrides",
     "put",
 ]
 
@@ -51,6 +52,9 @@ def explain_wrong(error: ValidationError, root: type[BaseModel]) -> str:
     where = ".".join(str(p) for p in first["loc"]) or "config"
     if first["type"] == "extra_forbidden":
         name = str(first["loc"][-1])
+        moved: dict[str, str] = getattr(root, "moved", {})
+        if len(first["loc"]) == 1 and name in moved:
+            return f"{where!r} has moved; set {moved[name]} instead"
         known = _known_keys(root, first["loc"][:-1])
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
@@ -67,16 +71,27 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     Raises:
         BilectError: an override without ``=``, or through something that is no mapping.
     """
+    for key, value in parse_overrides(overrides).items():
+        put(values, key, value, f"--set {key}")
+    return values
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``key.path=value`` settings by their keys; values are YAML.
+
+    Raises:
+        BilectError: an override without ``=``, or whose value is not YAML.
+    """
+    found = {}
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
             raise BilectError(f"--set {override}: expected key=value")
         try:
-            value = yaml.safe_load(text)
+            found[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise BilectError(f"--set {override}: the value is not valid YAML") from error
-        put(values, key.strip(), value, f"--set {override}")
-    return values
+    return found
 
 
 def put(values: dict[str, Any], key: str, value: Any, where: str) -> None:

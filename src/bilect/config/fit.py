@@ -18,6 +18,8 @@ class FitConfig(Settings):
     )
     lower_batch_size: Annotated[int, Field(ge=2)] = Field(16, description="documents, over all ranks")
     upper_batch_size: Positive = Field(16, description="documents, over all ranks")
+    reset_proxy: bool = Field(True, description="every round starts from the warmed-up proxy (paper: yes)")
+    carry_score_model: bool = Field(True, description="the score model carries over between rounds (paper: yes)")
     inner_steps: Positive = Field(1, description="proxy steps per score step (paper: 1 or 5)")
     proxy_learning_rate: PositiveFloat = Field(1e-5, description="paper: 1e-5")
     score_learning_rate: PositiveFloat = Field(1e-5, description="paper: 1e-5")

@@ -1,6 +1,7 @@
 """A whole run: every group of settings in one tree."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -23,7 +24,10 @@ TOKEN_METHODS: tuple[Literal["random-token", "rho1", "blade"], ...] = ("random-t
 class Config(Settings):
     """A whole run."""
 
+    moved: ClassVar[Mapping[str, str]] = {name: f"fit.{name}" for name in ("reset_proxy", "carry_score_model")}
+
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of every random draw")
+    method: str = Field("bliss", description="what documents are chosen by, see docs/methods.md")
     data: DataConfig = Field(description="text")
     models: ModelsConfig = Field(ModelsConfig(), description="proxy, target and score model")
     warmup: WarmupConfig = Field(WarmupConfig(), description="round 0")
@@ -31,8 +35,6 @@ class Config(Settings):
     selection: SelectionConfig = Field(SelectionConfig(), description="what is kept")
     training: TrainConfig = Field(TrainConfig(), description="of the target in each round")
     rounds: Positive = Field(1, description="R (paper: 4)")
-    reset_proxy: bool = Field(True, description="every round starts from the warmed-up proxy (paper: yes)")
-    carry_score_model: bool = Field(True, description="the score model carries over between rounds (paper: yes)")
     online: BladeConfig = Field(
         BladeConfig(method="full"),
         description="choice of tokens inside the training on the chosen documents (method full: none), and settings of "
@@ -41,11 +43,11 @@ class Config(Settings):
     controls: tuple[str, ...] = Field(
         ("random",),
         description="arms trained on the same number of tokens for comparison: random (documents), full (the pool); "
-        "random-token, rho1, blade (the pool, with tokens chosen so); or another method of docs/methods.md, as dsir",
+        "random-token, rho1, blade (the pool, with tokens chosen so); or any other method of docs/methods.md, as dsir",
     )
     methods: dict[str, dict[str, Any]] = Field(
         {},
-        description="settings of single controls, by name, where they differ: those of docs/methods.md, or of online",
+        description="settings of single methods, by name, where they differ: those of docs/methods.md, or of online",
     )
     curve: CurveConfig = Field(CurveConfig(), description="held-out losses while the arms train, for learning curves")
     compare: CompareConfig = Field(CompareConfig(), description="bilect compare: seeds, and variants of this config")
@@ -71,11 +73,16 @@ class Config(Settings):
                 raise ValueError(f"methods.{arm}: {explain_wrong(error, BladeConfig)}") from error
         return self
 
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """What is trained and compared: the method, then the controls."""
+        return (self.method, *self.controls)
+
     def online_of(self, arm: Any) -> BladeConfig | None:
-        """How the training of an arm ("bliss" or a control) chooses tokens; None where it learns all of them."""
-        method = self.online.method if arm == "bliss" else arm
+        """How the training of an arm chooses tokens; None where it learns all of them."""
+        method = self.online.method if arm == self.method else arm
         if method not in TOKEN_METHODS:
             return None
         chosen = self.online.of(method)
-        own = {} if arm == "bliss" else self.methods.get(arm, {})
+        own = {} if arm == self.method else self.methods.get(arm, {})
         return BladeConfig.model_validate({**chosen.model_dump(), **own, "method": method}) if own else chosen

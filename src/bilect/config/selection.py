@@ -32,7 +32,12 @@ class SelectionConfig(Settings):
     cluster_similarity: Annotated[float, Field(ge=0.5, le=1)] = Field(
         0.8, description="Jaccard index of word 5-grams from which two documents are near-duplicates"
     )
-    format: Literal["parquet", "jsonl.zst"] = Field("parquet", description="of the kept documents")
+    output: Literal["records", "text"] = Field(
+        "records",
+        description="records: the kept records as they came, whole, in the format of their files, in "
+        "selected/records/, beside the table with their text as the models saw it; text: that table alone",
+    )
+    format: Literal["parquet", "jsonl.zst"] = Field("parquet", description="of the table of kept documents")
 
     @model_validator(mode="before")
     @classmethod

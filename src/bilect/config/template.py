@@ -1,5 +1,6 @@
 """A config to start from: every setting with its meaning and default, the ones a user decides filled in."""
 
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,8 +131,19 @@ def _plain(value: Any) -> str:
     return text.removesuffix("...").strip()
 
 
+def _seen_from(folder: Path, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    def seen(path: str) -> str:
+        if "://" in path or path.startswith(("/", "~")) or folder.resolve() == Path.cwd():
+            return path
+        return os.path.relpath(path, folder) + "/" * path.endswith("/")
+
+    roles = ("lower_data", "upper_data", "heldout_data")
+    data = {role: [{"path": seen(source["path"])} for source in values["data"][role]] for role in roles}
+    return {**values, "data": {**values["data"], **data}}
+
+
 def write_template(path: Path, values: Mapping[str, Any]) -> None:
-    """Write ``config_template`` to a new file.
+    """Write ``config_template`` to a new file; relative paths of data, from here, become relative to it.
 
     Raises:
         BilectError: the file exists.
@@ -139,6 +151,6 @@ def write_template(path: Path, values: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(config_template(values))
+            file.write(config_template(_seen_from(path.parent, values)))
     except FileExistsError as error:
         raise BilectError(f"init: {path} exists; name another file, or remove it") from error

@@ -12,7 +12,9 @@ __all__ = ["TrainConfig", "WarmupConfig"]
 class TrainConfig(Settings):
     """Plain training of a language model."""
 
-    steps: Positive = Field(10_000, description="optimiser steps per round (paper: 10k)")
+    steps: Annotated[int, Field(ge=0)] = Field(
+        10_000, description="optimiser steps per round (paper: 10k); 0 leaves the model as it is"
+    )
     batch_size: Positive = Field(16, description="documents per step and rank, accumulation included")
     gradient_accumulation: Positive = Field(1, description="micro-batches per step")
     learning_rate: PositiveFloat = Field(1e-3, description="of AdamW")
@@ -42,5 +44,6 @@ class WarmupConfig(Settings):
     share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.25, description="of the pool, set aside for the warm-up; the rest is divided between the rounds"
     )
+    candidates: bool = Field(False, description="whether the documents of the warm-up can be chosen later on too")
     proxy: TrainConfig = Field(TrainConfig(decay_steps=0), description="of the proxy")
     target: TrainConfig = Field(TrainConfig(), description="of the target")

@@ -7,7 +7,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORE", "Batch", "join_batches", "make_batch"]
+__all__ = ["IGNORE", "Batch", "Row", "join_batches", "make_batch"]
+
+# token ids, and what of them is given, not learned: the number of leading tokens (a prompt; the first token of a
+# document is never predicted), or, where there is more between learned spans, (T,) booleans: True at learned tokens
+Row = tuple[Tensor, int | Tensor]
 
 IGNORE = -100
 
@@ -90,12 +94,11 @@ class Batch:
         return Batch(self.input_ids_BT.to(device), self.target_BT.to(device), self.length_B.to(device), sets)
 
 
-def make_batch(documents: Sequence[tuple[Tensor, int]], pad_id: int, multiple: int = 8) -> Batch:
+def make_batch(documents: Sequence[Row], pad_id: int, multiple: int = 8) -> Batch:
     """Pad documents on the right to a common length.
 
     Args:
-        documents: token ids of each, and the number of its leading tokens that are given, not learned (a prompt; the
-            first token of a document is never predicted).
+        documents: token ids of each, and what of them is given.
         pad_id: fills the rest.
         multiple: T is rounded up to it.
     """
@@ -103,9 +106,12 @@ def make_batch(documents: Sequence[tuple[Tensor, int]], pad_id: int, multiple: i
     width = -(-int(length_B.max()) // multiple) * multiple
     input_ids_BT = torch.full((len(documents), width), pad_id, dtype=torch.long)
     target_BT = torch.full_like(input_ids_BT, IGNORE)
-    for row, (ids, n_given) in enumerate(documents):
+    for row, (ids, given) in enumerate(documents):
         input_ids_BT[row, : len(ids)] = ids
-        first = max(n_given, 1)
+        if isinstance(given, Tensor):
+            target_BT[row, : len(ids) - 1] = torch.where(given[1:], ids[1:], IGNORE)
+            continue
+        first = max(given, 1)
         target_BT[row, first - 1 : len(ids) - 1] = ids[first:]
     return Batch(input_ids_BT, target_BT, length_B)
 

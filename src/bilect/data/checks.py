@@ -1,9 +1,10 @@
-"""What a set of documents must not hold: a document twice, or a text of another set."""
+"""What a set of documents must not hold: a text twice, an id twice, or a text of another set."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
-from bilect.data.documents import hash64
-from bilect.data.store import TokenStore
+from bilect.data.store import Naming, TokenStore
 
 __all__ = ["DocumentIndex"]
 
@@ -40,31 +41,37 @@ class DocumentIndex:
         """Mark the documents of some rows as no part of the set."""
         self.kept_D[np.searchsorted(self.first_D, rows, side="right") - 1] = False
 
-    def id(self, document: int) -> str:
-        """The document's id; those of its pieces are extensions of it."""
-        name = self._store.doc_id(int(self.first_D[document]))
-        return name if self._id_hash_D[document] == hash64(name) else name.rpartition("#")[0]
-
-    def repeated(self) -> list[tuple[int, int]]:
-        """Documents with the id of an earlier one, in order, each with the first of that id."""
-        hash_D = self._id_hash_D
+    def repeated(self) -> np.ndarray:
+        """(D', 2): documents with the text of an earlier one that is part of the set, in order, and that one."""
+        inside = np.flatnonzero(self.kept_D)
+        hash_D = self._text_hash_D[inside]
         order = np.argsort(hash_D, kind="stable")
-        later = np.flatnonzero(hash_D[order[1:]] == hash_D[order[:-1]]) + 1
-        found: list[tuple[int, int]] = []
-        first: dict[str, int] = {}
-        for place in later.tolist():
-            earlier, document = int(order[place - 1]), int(order[place])
-            if place < 2 or hash_D[order[place - 2]] != hash_D[document]:
-                first = {self.id(earlier): earlier}  # a new run of equal hashes
-            keeper = first.setdefault(self.id(document), document)  # equal hashes of different ids are no repetition
-            if keeper != document:
-                found.append((document, keeper))
-        return sorted(found)
+        new = np.append(True, hash_D[order[1:]] != hash_D[order[:-1]]) if len(order) else np.zeros(0, dtype=bool)
+        first = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
+        pairs = np.stack([inside[order[~new]], inside[first[~new]]], axis=1)
+        return pairs[np.argsort(pairs[:, 0])]
+
+    def naming(self, names: Sequence[str]) -> list[Naming]:
+        """What makes the ids of the set unique: nothing where they are, else the names of the files that share some.
+
+        Equal hashes of different ids (one pair in 10^5 pools of 20 million) are treated as equal ids.
+
+        Args:
+            names: of the files of the store.
+        """
+        starts = np.array([part.rows.start for part in self._store.parts], dtype=np.int64)
+        stops = np.array([part.rows.stop for part in self._store.parts], dtype=np.int64)
+        inside = np.flatnonzero(self.kept_D)
+        part_D = np.searchsorted(stops, self.first_D[inside], side="right")
+        hash_D = self._id_hash_D[inside]
+        order = np.argsort(hash_D, kind="stable")  # of equal ids, those of one file are neighbours
+        same = hash_D[order[1:]] == hash_D[order[:-1]]
+        a, b = part_D[order[:-1][same]], part_D[order[1:][same]]
+        shared, within = np.zeros(len(starts), dtype=bool), np.zeros(len(starts), dtype=bool)
+        shared[a] = shared[b] = True
+        within[a[a == b]] = True
+        return [Naming(f"{name}/" if shared[n] else "", bool(within[n])) for n, name in enumerate(names)]
 
     def with_texts_of(self, other: "DocumentIndex") -> np.ndarray:
         """Documents whose text is that of a document of another store; those left out count on neither side."""
         return np.flatnonzero(np.isin(self._text_hash_D, other._text_hash_D[other.kept_D]) & self.kept_D)
-
-    def has_hash_for_id(self, document: int) -> bool:
-        """Whether a document's id is the hash of its text, because none was given."""
-        return self.id(document) == f"{int(self._text_hash_D[document]):016x}"

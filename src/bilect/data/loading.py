@@ -268,10 +268,13 @@ class PackedWindows(Dataset[dict[str, Any]]):
         ids, labels, parts = [], [], []
         k = int(np.searchsorted(self.ends, first, side="right"))
         while k < len(self.order) and self.ends[k] - self.store.length_R[self.order[k]] < last:
-            row, n_given = self.store.row(self.order[k])
+            row, given = self.store.row(self.order[k])
             begin = int(self.ends[k]) - len(row)
             learned = row.clone()
-            learned[1:n_given] = IGNORE  # a document's first token is learned as the end of the one before
+            if isinstance(given, Tensor):
+                learned[1:][~given[1:]] = IGNORE
+            else:
+                learned[1:given] = IGNORE  # a document's first token is learned as the end of the one before
             part = slice(max(first - begin, 0), max(last - begin, 0))
             ids.append(row[part])
             labels.append(learned[part])

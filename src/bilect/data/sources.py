@@ -1,11 +1,16 @@
 """Where documents lie: the inputs behind a source of the config, what each is called, and what identifies its content.
 
-One input becomes one token file: a file of records, the plain-text files of a folder, or a dataset.
+One input becomes one token file: a file of records, the plain-text files of a folder, or a dataset. Below a folder or a
+glob, what begins with a dot or an underscore is hidden or half-written (``.ipynb_checkpoints``, ``._x.jsonl``,
+``_temporary``, ``_SUCCESS``) and is no data; a file that is named is read whatever its name begins with.
 """
 
+import glob
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,13 +19,14 @@ import fsspec
 
 from bilect.config import SourceConfig
 from bilect.data.cache import file_hash
+from bilect.data.formats import READ, format_of
 from bilect.errors import BilectError, reason
 from bilect.runtime.files import content_hash
 
-__all__ = ["Input", "identity", "inputs", "open_dataset", "set_name"]
+__all__ = ["Found", "Input", "find", "identity", "inputs", "open_dataset", "places", "set_name"]
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 _GLOB = re.compile(r"(?:^|/)[^/]*[*?\[]")  # the first part of a path that is no plain name
+_SUFFIXES = re.compile(r"\.(?:jsonl|ndjson|json|parquet|txt)(?:\.(?:gz|zst|bz2|xz))?$", re.IGNORECASE)
 _TEXT_FILES = 10_000  # of one token file
 _VERSION_KEYS = ("etag", "mtime", "last_modified", "lastmodified", "modified", "md5", "sha256", "blob_id", "created")
 
@@ -49,38 +55,72 @@ class Input:
         """File and place of a record, counted from 1: lines of JSONL, rows of Parquet, whole files of plain text."""
         if self.names:
             return _shown(self.files[record - 1]), "whole file"
-        unit = "record" if not self.files else "row" if self.files[0].endswith(".parquet") else "line"
-        return self.where, f"{unit} {record}"
+        form = format_of(self.files[0]) if self.files else None
+        return self.where, f"{_UNITS.get(form.kind if form else '', 'record')} {record}"
 
     def at(self, record: int) -> str:
         """``place`` in one piece."""
         file, place = self.place(record)
         return file if place == "whole file" else f"{file}, {place}"
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder of plain text."""
+        return bool(self.names) and _shown(self.files[0]) != self.where
+
+    def note(self) -> dict[str, Any]:
+        """All of it as plain data, for a file."""
+        return {**asdict(self), "source": self.source.model_dump(mode="json")}
+
+    @classmethod
+    def of_note(cls, note: Mapping[str, Any]) -> "Input":
+        """What ``note`` has written."""
+        more = {key: tuple(note[key]) for key in ("files", "names")}
+        return cls(SourceConfig.model_validate(note["source"]), note["name"], note["label"], note["where"], **more)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies behind a source.
+
+    Attributes:
+        inputs: in the order of their paths.
+        not_read: files below the folder or glob that are no data: path, and why.
+    """
+
+    inputs: list[Input]
+    not_read: list[tuple[str, str]] = field(default_factory=list)
+
 
 def inputs(source: SourceConfig) -> list[Input]:
-    """The inputs behind a source, in the order of their paths.
+    """The inputs behind a source; as ``find``."""
+    return find(source).inputs
+
+
+def find(source: SourceConfig) -> Found:
+    """The inputs behind a source, and the files there that are not read.
 
     A file's documents are labelled with the file's stem, plain text that a folder or glob leads to with the folder's
-    name, a dataset's with its name without the owner; ``source`` of the config goes before all of them.
+    name, the parts of a folder that is called like a file (``x.parquet/``) with that folder's stem, a dataset's with
+    its name without the owner; ``source`` of the config goes before all of them.
 
     Raises:
         BilectError: nothing there, or nothing of a known kind.
     """
     if source.dataset is not None:
         name = source.dataset.rstrip("/").rsplit("/", 1)[-1]
-        return [Input(source, _safe(name), source.source or name, f"dataset {source.dataset}")]
+        return Found([Input(source, _safe(name), source.source or name, f"dataset {source.dataset}")])
     assert source.path is not None
     fs, path = _filesystem(source.path)
     try:
-        base, found = _find(fs, path, source.path)
+        base, found, not_read = _find(fs, path, source.path)
         urls = [str(fs.unstrip_protocol(p)) for p in found]
     except BilectError:
         raise
     except Exception as error:  # every file system has its own kinds
         raise BilectError(f"data: cannot look into {source.path}: {reason(error)}") from error
     found_inputs: list[Input] = []
-    for text, group in groupby(zip(found, urls, strict=True), lambda pair: pair[0].endswith(".txt")):
+    for text, group in groupby(zip(found, urls, strict=True), lambda pair: _is_text(pair[0])):
         pairs = list(group)
         if text and base is not None:
             for first in range(0, len(pairs), _TEXT_FILES):
@@ -90,15 +130,34 @@ def inputs(source: SourceConfig) -> list[Input]:
             file = path.rsplit("/", 1)[-1]
             stem = file.split(".")[0]
             names = (file,) if text else ()
-            found_inputs.append(Input(source, _safe(stem), source.source or stem, _shown(url), (url,), names))
-    return found_inputs
+            label = source.source or _folder_stem(path) or stem
+            found_inputs.append(Input(source, _safe(stem), label, _shown(url), (url,), names))
+    return Found(found_inputs, not_read)
+
+
+def places(parts: Sequence[Input]) -> list[str]:
+    """A relative path for each input that no other has: its path below the folder that all of them share.
+
+    That of a folder of plain text may be ``.``, the shared folder itself.
+    """
+    paths = [(part.where if part.files else part.name).split("://")[-1].lstrip("/") for part in parts]
+    folders = [p if part.is_folder else os.path.dirname(p) for p, part in zip(paths, parts, strict=True)]
+    shared = os.path.commonpath(folders) if paths else ""
+    found = [os.path.relpath(p, shared) if shared else p for p in paths]
+    keys = [(place, part.names[:1]) for place, part in zip(found, parts, strict=True)]  # one folder, other files of it
+    count = Counter(keys)
+    return [
+        f"{n:05d}/{place}" if count[key] > 1 else place for n, (place, key) in enumerate(zip(found, keys, strict=True))
+    ]
 
 
 def set_name(source: SourceConfig) -> str:
     """Name of a target set: its label, or the stem of its file or folder; signs that suit no file name become ``_``."""
     if source.source:
         return _safe(source.source)
-    plain = _GLOB.split(source.dataset or source.path or "")[0]  # of a glob: the folder it starts in
+    plain = source.dataset or source.path or ""
+    if not os.path.exists(plain):
+        plain = _GLOB.split(plain)[0]  # of a glob: the folder it starts in
     return _safe(plain.rstrip("/").rsplit("/", 1)[-1].split(".")[0])
 
 
@@ -160,22 +219,68 @@ def _filesystem(path: str) -> tuple[Any, str]:
     return fs, str(inner)
 
 
-def _find(fs: Any, path: str, given: str) -> tuple[str | None, list[str]]:
-    """The folder that was searched, if any, and the files found."""
-    if any(c in path for c in "*?["):
-        base, found = _GLOB.split(path)[0], fs.glob(path)
-    elif fs.isdir(path):
-        base, found = path.rstrip("/"), fs.find(path)
-    elif not fs.exists(path):
-        raise BilectError(f"data: no file or directory {given}")
-    elif not path.endswith(SUFFIXES):
-        raise BilectError(f"data: {given} is none of {', '.join(SUFFIXES)}")
+def _find(fs: Any, path: str, given: str) -> tuple[str | None, list[str], list[tuple[str, str]]]:
+    """The folder that was searched, if any, the files found in it, and those that are not read."""
+    if fs.isdir(path):
+        base, pattern, found = path.rstrip("/"), "", fs.find(path)
+    elif fs.exists(path):
+        if format_of(path) is None:
+            raise BilectError(f"data: {given} is none of {READ}")
+        return None, [path], []
+    elif any(c in path for c in "*?["):
+        base, pattern = _plain_start(fs, path)
+        if not pattern:
+            raise BilectError(f"data: no file or directory {given}")
+        found = _matches(fs, f"{glob.escape(base)}/{pattern}" if base else pattern)
     else:
-        return None, [path]
-    found = sorted(p for p in found if p.endswith(SUFFIXES))
-    if not found:
-        raise BilectError(f"data: no {', '.join(SUFFIXES)} files in {given}")
-    return base, found
+        raise BilectError(f"data: no file or directory {given}")
+    read, not_read = list[str](), list[tuple[str, str]]()
+    for file in sorted(set(found)):
+        hidden = _hidden(file.removeprefix(base).lstrip("/"), pattern)
+        if hidden or format_of(file) is None:
+            not_read.append((file, "hidden or temporary" if hidden else "of another kind"))
+        else:
+            read.append(file)
+    if not read:
+        others = f"; not read: {', '.join(f.rsplit('/', 1)[-1] for f, _ in not_read[:3])}" if not_read else ""
+        raise BilectError(f"data: no {READ} files in {given}{others}")
+    return base, read, not_read
+
+
+def _plain_start(fs: Any, path: str) -> tuple[str, str]:
+    """The folder that a glob starts in, whatever signs its name has, and the pattern below it."""
+    parts = path.split("/")
+    count = next(n for n, part in enumerate(parts) if any(c in part for c in "*?["))
+    while count < len(parts) and fs.isdir("/".join(parts[: count + 1])):
+        count += 1
+        while count < len(parts) and not any(c in parts[count] for c in "*?["):
+            count += 1
+    return "/".join(parts[:count]), "/".join(parts[count:])
+
+
+def _matches(fs: Any, pattern: str) -> list[str]:
+    """Files that a pattern matches, and all that lie in the folders it matches."""
+    found = list[str]()
+    for path, info in fs.glob(pattern, detail=True).items():
+        found += fs.find(path) if info["type"] == "directory" else [path]
+    return found
+
+
+def _hidden(below: str, pattern: str) -> bool:
+    """Whether a path is hidden: not where the pattern itself spells the dot or the underscore."""
+    return any(part[:1] in (".", "_") and f"/{part[0]}" not in f"/{pattern}" for part in below.split("/"))
+
+
+def _is_text(path: str) -> bool:
+    form = format_of(path)
+    return form is not None and form.kind == "text"
+
+
+def _folder_stem(path: str) -> str | None:
+    """Of a part of a folder that is called like a file, as Spark writes them: the folder's stem."""
+    folders = path.split("/")[:-1]
+    named = next((f for f in reversed(folders) if _SUFFIXES.search(f)), None)
+    return None if named is None else _SUFFIXES.sub("", named) or None
 
 
 def _text_folder(source: SourceConfig, base: str, pairs: Sequence[tuple[str, str]]) -> Input:
@@ -210,6 +315,9 @@ def _local_folder(name: str) -> Path | None:
     if name.startswith((".", "/", "~")):  # must not be taken for a Hub name
         raise BilectError(f"data: no directory {name}")
     return None
+
+
+_UNITS = {"lines": "line", "parquet": "row"}
 
 
 def _is_local(url: str) -> bool:

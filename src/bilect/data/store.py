@@ -8,14 +8,28 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from torch import Tensor
 
+from bilect.data.batch import Row
 from bilect.errors import BilectError
 
-__all__ = ["Part", "TokenStore"]
+__all__ = ["Naming", "Part", "TokenStore"]
 
 Rows = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What is put before the ids of a file, so that no two documents of a store have the same.
+
+    Attributes:
+        prefix: name of the input, with a slash; empty where the ids are unique as they are.
+        numbered: whether the place of the record follows it: ids repeat within the file.
+    """
+
+    prefix: str = ""
+    numbered: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,11 +51,13 @@ class TokenStore:
     Args:
         paths: a token file, a folder of them (in the order of their names), or several files in their order.
         weights: of the files; 1 by default.
-        excluded: rows that are never used, such as documents that repeat an id.
+        excluded: rows that are never used, such as documents that repeat a text.
+        naming: of the files; as the ids are by default.
 
     Attributes:
         paths: the files.
         length_R: tokens of each row.
+        whole_R: tokens of what each row stands for, with those beyond the context.
         weight_R: weight of the file of each row; None where all are 1.
         parts: the rows of each file.
         excluded: as given.
@@ -51,19 +67,25 @@ class TokenStore:
     """
 
     def __init__(
-        self, paths: Path | Sequence[Path], weights: Sequence[float] | None = None, excluded: Rows = ()
+        self,
+        paths: Path | Sequence[Path],
+        weights: Sequence[float] | None = None,
+        excluded: Rows = (),
+        naming: Sequence[Naming] = (),
     ) -> None:
         if isinstance(paths, Path):
             paths = sorted(paths.glob("*.arrow")) if paths.is_dir() else [paths]
         self.paths, self.excluded = list(paths), np.asarray(excluded, dtype=np.int64)
         self.parts: list[Part] = []
         self._batches: list[pa.RecordBatch] = []
+        self._naming: list[Naming] = []  # of each batch
         counts: list[int] = []
-        for path in self.paths:
+        for number, path in enumerate(self.paths):
             batches = [b for b in _open(path) if len(b)]
             first = self.parts[-1].rows.stop if self.parts else 0
             self.parts.append(Part(path.stem, range(first, first + sum(map(len, batches)))))
             self._batches += batches
+            self._naming += [naming[number] if naming else Naming()] * len(batches)
             counts += map(len, batches)
         self._starts = np.cumsum([0, *counts])  # of the batches
         self._firsts: list[int] = self._starts.tolist()  # for single rows
@@ -71,7 +93,12 @@ class TokenStore:
         self._offsets = [a.offsets.to_numpy() for a in lists]
         self._values = [a.values.to_numpy() for a in lists]
         self._given = [b.column("n_given").to_numpy() for b in self._batches]
+        flips = [b.column("flips") if "flips" in b.schema.names else None for b in self._batches]
+        self._flips = [None if f is None or not len(f.flatten()) else f for f in flips]
         self.length_R = np.concatenate([np.zeros(0, np.int32), *(np.diff(o) for o in self._offsets)])
+        self.whole_R = np.concatenate(
+            [np.zeros(0, np.int32), *(b.column("n_tokens").to_numpy() for b in self._batches)]
+        )
         self.weight_R: np.ndarray | None = None
         if weights is not None and any(w != 1 for w in weights):
             self.weight_R = np.repeat(np.asarray(weights, dtype=np.float64), [len(p.rows) for p in self.parts])
@@ -79,21 +106,28 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.length_R)
 
-    def row(self, index: int) -> tuple[Tensor, int]:
-        """Token ids of a row and the number of its given tokens."""
+    def row(self, index: int) -> Row:
+        """Token ids of a row, and what of them is given."""
         batch, i = self._find(index)
         offsets = self._offsets[batch]
         ids = self._values[batch][offsets[i] : offsets[i + 1]]
-        return torch.from_numpy(ids.astype(np.int64)), int(self._given[batch][i])
+        row, given, flips = torch.from_numpy(ids.astype(np.int64)), int(self._given[batch][i]), self._flips[batch]
+        if flips is None or not len(at := flips[i].values):
+            return row, given
+        learned = torch.zeros(len(row), dtype=torch.bool)
+        bounds = [given, *at.to_pylist(), len(row)]
+        for begin, end in zip(bounds[::2], bounds[1::2], strict=False):
+            learned[begin:end] = True
+        return row, learned
 
-    def rows(self, indices: Rows) -> list[tuple[Tensor, int]]:
+    def rows(self, indices: Rows) -> list[Row]:
         """``row`` of several."""
         return [self.row(int(i)) for i in indices]
 
     def doc_id(self, index: int) -> str:
         """Name of a row."""
         batch, i = self._find(index)
-        return str(self._batches[batch].column("doc_id")[i].as_py())
+        return str(self._column(batch, "doc_id", pa.array([i]))[0].as_py())
 
     def doc_ids(self, indices: Rows) -> list[str]:
         """Names of some rows."""
@@ -119,7 +153,7 @@ class TokenStore:
         batch_of = np.searchsorted(self._starts, sorted_rows, side="right") - 1
         cuts = [0, *(np.flatnonzero(np.diff(batch_of)) + 1), len(rows)]
         parts = [
-            self._batches[b := int(batch_of[i])].column(column).take(pa.array(sorted_rows[i:j] - self._starts[b]))
+            self._column(b := int(batch_of[i]), column, pa.array(sorted_rows[i:j] - self._starts[b]))
             for i, j in pairwise(cuts)
         ]
         place = np.empty(len(rows), dtype=np.int64)
@@ -127,15 +161,21 @@ class TokenStore:
         return pa.concat_arrays(parts).take(pa.array(place))
 
     def reader(self, columns: Sequence[str]) -> pa.RecordBatchReader:
-        """All rows of some columns but the excluded ones, a batch at a time."""
+        """All rows of some columns but the excluded ones, a batch at a time; ``row`` is their number in the store."""
+
+        def values(number: int, first: int, column: str) -> pa.Array:
+            size = len(self._batches[number])
+            return pa.array(np.arange(first, first + size)) if column == "row" else self._column(number, column)
 
         def batches() -> Iterator[pa.RecordBatch]:
-            for first, batch in zip(self._firsts, self._batches, strict=False):
+            for number, (first, batch) in enumerate(zip(self._firsts, self._batches, strict=False)):
                 own = self.excluded[(self.excluded >= first) & (self.excluded < first + len(batch))] - first
-                part = batch.select(list(columns))
+                part = pa.RecordBatch.from_arrays([values(number, first, c) for c in columns], schema=schema)
                 yield part.filter(pa.array(~np.isin(np.arange(len(batch)), own))) if len(own) else part
 
-        schema = pa.schema([self._batches[0].schema.field(c) for c in columns])
+        schema = pa.schema(
+            [pa.field(c, pa.int64()) if c == "row" else self._batches[0].schema.field(c) for c in columns]
+        )
         return pa.RecordBatchReader.from_batches(schema, batches())
 
     def column_R(self, column: str) -> np.ndarray:
@@ -146,6 +186,24 @@ class TokenStore:
     def has_prompts(self) -> bool:
         """Whether any row has given tokens beyond its start."""
         return any(bool((given > 1).any()) for given in self._given)
+
+    def given_ids(self, indices: Rows) -> list[str]:
+        """Names of some rows as their records, or their texts, gave them."""
+        found = [self._find(int(i)) for i in indices]
+        return [str(self._batches[b].column("doc_id")[i].as_py()) for b, i in found]
+
+    def _column(self, batch: int, column: str, places: pa.Array | None = None) -> pa.Array:
+        """A column of a batch, or some places of it; ids with what is put before them."""
+        naming, table = self._naming[batch], self._batches[batch]
+
+        def taken(name: str) -> pa.Array:
+            values = table.column(name)
+            return values if places is None else values.take(places)
+
+        if column != "doc_id" or not naming.prefix:
+            return taken(column)
+        parts = [naming.prefix, *([taken("record").cast(pa.string()), "/"] if naming.numbered else []), taken(column)]
+        return pc.binary_join_element_wise(*parts, "")
 
     def _find(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

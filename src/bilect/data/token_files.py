@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bilect.data.cache import cache_folder, file_hash
 from bilect.data.documents import Document, Problem, bad_record, read_input
+from bilect.data.formats import format_of
 from bilect.data.sources import Input, identity
 from bilect.data.tokens import TokenStore, start_token, write_tokens
 from bilect.errors import BilectError, reason
@@ -24,7 +25,7 @@ from bilect.runtime.files import content_hash, write_json
 
 __all__ = ["TokenFile", "TokenFiles", "link"]
 
-_FORMAT = 1  # of the entries; another one makes all of them anew
+_FORMAT = 3  # of the entries; another one makes all of them anew
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,14 @@ class TokenFiles:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, context: int, chunk: bool, skip: bool) -> None:
         self._tokenizer, self._context, self._chunk, self._skip = tokenizer, context, chunk, skip
         backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
-        self._settings = [_FORMAT, content_hash(backend), start_token(tokenizer), context, chunk]
+        self._settings = [
+            _FORMAT,
+            content_hash(backend),
+            start_token(tokenizer),
+            context,
+            chunk,
+            tokenizer.chat_template,
+        ]
 
     def get(self, source: Input, on_rows: Callable[[int], None] = lambda n: None) -> TokenFile:
         """The token file of an input.
@@ -70,7 +78,9 @@ class TokenFiles:
             BilectError: the input cannot be read, holds a record that cannot be used, or the cache cannot be written.
         """
         # Not in the key: whether bad records are left out. A file without any is the same either way.
-        key = content_hash([*self._settings, identity(source), source.label, source.source.fields, *_split(source)])
+        form = str(format_of(source.files[0])) if source.files else ""  # of two names for the same bytes
+        chosen = [identity(source), form, source.label, source.source.fields, *_split(source)]
+        key = content_hash([*self._settings, *chosen])
         path = cache_folder("tokens") / f"{key}.arrow"
         entry = _read(path)
         if entry is None:

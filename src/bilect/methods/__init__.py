@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bilect.config import Config
     from bilect.methods.contract import DocumentMethod, Inputs, Method
 
-__all__ = ["GROUP", "choosers", "get", "load", "make", "make_for", "names"]
+__all__ = ["GROUP", "get", "load", "make", "make_for", "methods_of", "names"]
 
 GROUP = "bilect.methods"
 
@@ -77,40 +77,49 @@ def make(name: str, settings: Mapping[str, Any] | None = None) -> "Any":
 
 
 def make_for(config: "Config", name: str, settings: Mapping[str, Any] | None = None) -> "Any":
-    """``make`` for a run: what is given here goes before ``methods``, and that before ``fit`` (bilevel methods)."""
+    """``make`` for a run: what is given here goes before ``methods``, and that before ``fit`` (bilevel methods).
+
+    A bilevel method has the run's ``fit`` but for what its own settings fix.
+    """
     from bilect.config import FitConfig
 
     inherited: dict[str, Any] = {}
-    if issubclass(get(name).Config, FitConfig):
-        fit = config.fit.model_dump(exclude={"hypergradient"}, exclude_none=True)
-        inherited = {**fit, "score_head": config.models.score_head}
+    if issubclass(kind := get(name).Config, FitConfig):
+        of_fit, own = FitConfig.model_fields, kind.model_fields
+        fixed = {k for k in of_fit if own[k].annotation != of_fit[k].annotation}
+        inherited = config.fit.model_dump(exclude=fixed, exclude_none=True) | {"score_head": config.models.score_head}
     return make(name, {**inherited, **config.methods.get(name, {}), **(settings or {})})
 
 
-def choosers(config: "Config") -> dict[str, "DocumentMethod[Any]"]:
-    """The document methods among the controls of a run, by name; "random" and "full" need none.
-
-    Those that fit as BLISS does have the settings of ``fit`` where ``methods`` does not say otherwise.
+def methods_of(config: "Config") -> "dict[str, Method[Any]]":
+    """The method of every arm of a run, by name: what the run is about first, then its controls.
 
     Raises:
-        BilectError: no such method, or not one of documents; wrong settings, or settings of another arm.
+        BilectError: no such method; one that chooses no documents where documents are to be chosen; wrong settings, or
+            settings of another arm.
     """
     from bilect.config import TOKEN_METHODS
     from bilect.methods.contract import DocumentMethod
 
-    found = {}
-    for arm in config.controls:
-        if arm in ("random", "full", *TOKEN_METHODS):
-            continue
-        if arm == "bliss":
-            raise BilectError("controls: bliss is what the run itself does; leave it out")
+    for where, arm in (("method", config.method), *(("controls", arm) for arm in config.controls)):
         if arm not in names():
-            raise BilectError(f"controls: {_unknown(arm)}")
-        if not issubclass(get(arm), DocumentMethod):
-            raise BilectError(f"controls: {arm} does not choose documents")
-        found[arm] = make_for(config, arm)
+            raise BilectError(f"{where}: {_unknown(arm)}")
+    if config.method in config.controls:
+        raise BilectError(f"controls: {config.method} is what the run itself is about (method); leave it out")
+    if not get(config.method).scores_documents:
+        hint = f"; to train with it, set online.method={config.method}" if config.method in TOKEN_METHODS else ""
+        raise BilectError(f"method: {config.method} does not choose documents{hint}")
+    found: dict[str, Method[Any]] = {}
+    for arm in config.arms:
+        if arm in TOKEN_METHODS:
+            found[arm] = get(arm)(config.online_of(arm))
+        elif issubclass(get(arm), DocumentMethod):
+            found[arm] = make_for(config, arm)
+        else:
+            raise BilectError(f"controls: {arm} chooses tokens in a way that a run cannot carry out; the ways that it "
+                              f"can are {', '.join(TOKEN_METHODS)}")  # fmt: skip
     if unused := [name for name in config.methods if name not in (*found, *TOKEN_METHODS)]:
-        raise BilectError(f"methods: settings of {unused[0]!r}, which is none of the controls that choose")
+        raise BilectError(f"methods: settings of {unused[0]!r}, which is neither the method nor one of the controls")
     return found
 
 

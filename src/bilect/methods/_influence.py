@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from bilect.bilevel.objective import document_losses
-from bilect.data.batch import make_batch
+from bilect.data.batch import Row, make_batch
 from bilect.errors import BilectError
 from bilect.functional.trees import Tree
 from bilect.models.causal_lm import CausalLM
@@ -27,7 +26,7 @@ from bilect.training.trainer import FusedLoss
 __all__ = ["Adam", "document_gradient", "warm_adam"]
 
 
-def document_gradient(lm: CausalLM, document: tuple[Tensor, int], pad_id: int, names: Sequence[str]) -> Tree:
+def document_gradient(lm: CausalLM, document: Row, pad_id: int, names: Sequence[str]) -> Tree:
     """``grad l_i`` in some parameters, at the model's own; l_i is the mean over the document's predicted tokens.
 
     Args:

@@ -22,6 +22,7 @@ from bilect.models.loading import load_causal_lm
 from bilect.runtime import distributed
 from bilect.runtime.files import write_json
 from bilect.runtime.progress import Task
+from bilect.runtime.seeds import derive_seed
 
 __all__ = ["DocumentMethod", "Figures", "Inputs", "Method", "MethodConfig", "TokenMethod", "UpperSet", "saved_name"]
 
@@ -40,7 +41,7 @@ class MethodConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every method is given; each takes what it needs.
+    """What every method is given in a round; each takes what it needs.
 
     Attributes:
         pool: tokens of the pool.
@@ -49,9 +50,12 @@ class Inputs:
         proxy: folder of the warmed-up proxy, with ``optimizer.pt`` where its training has left one.
         scratch: a folder of this fit alone, for what an interrupted fit goes on from.
         pad_id: padding token.
-        seed: of every random draw.
+        seed: of the run; every random draw has its own from ``derive``.
         device: where to compute.
-        target: folder of the warmed-up target, or None.
+        target: folder of the target as it is now, or None.
+        number: of the round, from 1.
+        previous: folder where this method was saved in the round before; None in the first.
+        log: file for the figures of every step, JSON lines; None for none.
         bf16: matrix products in bfloat16 where the method allows it.
         batch_tokens: padded tokens per scoring batch.
         checkpoint_every: steps of a fit between two checkpoints.
@@ -66,9 +70,16 @@ class Inputs:
     seed: int
     device: torch.device
     target: Path | None = None
+    number: int = 1
+    previous: Path | None = None
+    log: Path | None = None
     bf16: bool = False
     batch_tokens: int = 8192
     checkpoint_every: int = 500
+
+    def derive(self, label: str) -> int:
+        """The seed of one purpose in this round."""
+        return derive_seed(self.seed, label, self.number)
 
     def load(self, folder: Path) -> PreTrainedModel:
         """A saved model, on the device."""
@@ -92,6 +103,7 @@ class Method(ABC, Generic[C]):
         Config: class of the settings, a frozen pydantic model that forbids extra keys.
         uses_upper: whether upper data say what is kept.
         uses_proxy: whether it needs the warm proxy, whose training then is part of its cost.
+        scores_documents: whether an arm of a run trains on the documents with the best scores; else on all of them.
     """
 
     name: ClassVar[str]
@@ -99,15 +111,43 @@ class Method(ABC, Generic[C]):
     Config: ClassVar[type[BaseModel]] = MethodConfig
     uses_upper: ClassVar[bool] = True
     uses_proxy: ClassVar[bool] = True
+    scores_documents: ClassVar[bool] = False
 
     def __init__(self, config: C | None = None) -> None:
         self.config: C = self.Config() if config is None else config  # type: ignore[assignment]
 
 
 class DocumentMethod(Method[C]):
-    """Scores documents. ``fit`` or ``load`` comes first; a score depends on the document alone, not on its batch."""
+    """Scores documents. ``fit`` or ``load`` comes first; a score depends on the document alone, not on its batch.
 
+    In every round of a run a method is made anew, fitted on the round's shard, saved, loaded and asked for scores. What
+    it carries from round to round it reads from ``Inputs.previous``.
+
+    Attributes:
+        moves_proxy: whether the fit leaves a proxy of its own, saved as ``proxy/``, which diagnostics then look at.
+        bound_by_shares: whether shares of sources and temperature of the selection apply; to a control they do not.
+        trains_in_order: whether the kept documents are trained on in the order of their ranks.
+    """
+
+    scores_documents = True
+    moves_proxy: ClassVar[bool] = False
+    bound_by_shares: ClassVar[bool] = True
+    trains_in_order: ClassVar[bool] = False
     inputs: Inputs
+
+    @property
+    def uses_target(self) -> bool:
+        """Whether the fit needs the target model."""
+        return False
+
+    @property
+    def steps(self) -> int | None:
+        """Of the fit, for the progress display; None where they are not known."""
+        return None
+
+    def settings(self, number: int) -> dict[str, Any]:
+        """What the fit of a round depends on; a changed value repeats it."""
+        return self.config.model_dump(mode="json")
 
     def fit(self, inputs: Inputs, task: Task) -> Figures:
         """Learn what to keep. Goes on from what an interrupted fit has left in ``inputs.scratch``, to the same result.

@@ -15,7 +15,7 @@ class Full(DocumentMethod[MethodConfig], TokenMethod[MethodConfig]):
 
     name = "full"
     summary = "no selection, the other control; of documents and of tokens"
-    uses_upper = uses_proxy = False
+    uses_upper = uses_proxy = scores_documents = False  # an arm of a run trains on the whole shard
 
     def score(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
         """Zeros."""

@@ -17,7 +17,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from bilect.data.batch import Batch, make_batch
+from bilect.data.batch import Batch, Row, make_batch
 from bilect.errors import BilectError
 from bilect.functional.losses import token_losses
 from bilect.functional.trees import Tree, add_scaled
@@ -132,7 +132,7 @@ class Probe:
         self.before = self._upper_loss(self.params)
         self.influence: list[float] = []
 
-    def measure(self, document: tuple[Tensor, int]) -> None:
+    def measure(self, document: Row) -> None:
         """One step on a document from the warm model, and what it does to f."""
         gradient = document_gradient(self.lm, document, self.pad_id, list(self.params))
         after = add_scaled(self.params, self.adam.direction(gradient), -self.learning_rate)

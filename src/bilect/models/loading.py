@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -197,14 +198,18 @@ def padded_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer trained on ``texts``; any string can be encoded.
 
+    No token reaches across the cuts in a run of 256 characters or more without white space, or of nothing else: after
+    every 256 of them. Training takes time that grows with the square of a word's length otherwise.
+
     Args:
         texts: training text.
         vocab_size: number of ids, end-of-text included.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cuts = pre_tokenizers.Split(Regex(rf"\S{{{_RUN}}}|\s{{{_RUN}}}"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([cuts, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -212,5 +217,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    _interruptible(lambda: bpe.train_from_iterator(texts, trainer))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+
+
+_RUN = 256
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Call what runs outside of Python for long, where an interrupt would wait for its end."""
+    outcome: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            work()
+            outcome.append(None)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if outcome[0] is not None:
+        raise outcome[0]

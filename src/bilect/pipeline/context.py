@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bilect.config import Config
 from bilect.data.sources import set_name
+from bilect.data.store import Naming
 from bilect.data.tokens import TokenStore
 from bilect.models.loading import load_causal_lm, load_tokenizer
 from bilect.runtime import distributed
@@ -21,9 +22,11 @@ from bilect.runtime.progress import Progress
 from bilect.runtime.seeds import derive_seed
 from bilect.selection.near_duplicates import cluster_file
 
-__all__ = ["Figures", "RunContext", "find_clusters", "open_pool", "target_folder"]
+__all__ = ["WARM_TARGET", "Figures", "RunContext", "arm_folder", "find_clusters", "open_pool", "target_folder"]
 
 Figures = dict[str, Any]
+
+WARM_TARGET = "warmup/target"
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,24 @@ class RunContext:
         return {p.stem: TokenStore(p) for p in sorted((self.root / "tokens" / "heldout").glob("*.arrow"))}
 
     def shard(self, number: int, n_rows: int) -> np.ndarray:
-        """Rows of one of the disjoint random shards: 0 for the warm-up, 1..R for the rounds; no excluded row."""
+        """Rows of one of the random shards: 0 for the warm-up, 1..R for the rounds; no excluded row.
+
+        They are disjoint, but for the warm-up's where its documents are candidates too (``warmup.candidates``).
+        """
         order = np.random.default_rng(derive_seed(self.config.seed, "shards")).permutation(n_rows)
         order = order[~np.isin(order, self.excluded())]
-        first = round(len(order) * self.config.warmup.share)
-        shards = [order[:first], *np.array_split(order[first:], self.config.rounds)]
-        return np.sort(shards[number])
+        warmup = self.config.warmup
+        first = round(len(order) * warmup.share)
+        rest = order if warmup.candidates else order[first:]
+        return np.sort([order[:first], *np.array_split(rest, self.config.rounds)][number])
+
+    def arm_folder(self, arm: str, number: int) -> str:
+        """See ``arm_folder``."""
+        return arm_folder(self.config, arm, number)
+
+    def target_folder(self, arm: str, number: int) -> str:
+        """See ``target_folder``."""
+        return target_folder(self.config, arm, number)
 
     def load(self, folder: str) -> PreTrainedModel:
         """A model saved by an earlier stage."""
@@ -107,10 +122,11 @@ class RunContext:
 
         The settings say so, not the disk: a copy may be left from other settings.
         """
-        training = self.config.warmup.target if folder == target_folder("", 0) else self.config.training
+        training = self.config.warmup.target if folder == WARM_TARGET else self.config.training
         return f"{folder}-decayed" if training.decay_steps else folder
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """A model with its tokenizer, on the main rank."""
         if distributed.is_main():
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -120,7 +136,8 @@ def open_pool(tokens: Path) -> TokenStore:
     """The pool behind a folder with ``pool.json`` and ``pool/``."""
     note = _pool_note(tokens)
     paths = [tokens / "pool" / f["file"] for f in note["files"]]
-    return TokenStore(paths, [f["weight"] for f in note["files"]], _excluded(note))
+    naming = [Naming(**f["naming"]) for f in note["files"]]
+    return TokenStore(paths, [f["weight"] for f in note["files"]], _excluded(note), naming)
 
 
 def find_clusters(tokens: Path, similarity: float, progress: Progress) -> Path:
@@ -145,8 +162,13 @@ def _excluded(note: dict[str, Any]) -> np.ndarray:
     return np.array(sorted(chain.from_iterable(note["excluded"].values())), dtype=np.int64)
 
 
-def target_folder(arm: str, number: int) -> str:
-    """Where an arm's target lies after a round; round 0 is the warm-up."""
+def arm_folder(config: Config, arm: str, number: int) -> str:
+    """Where the results of an arm in a round lie; round 0 is the warm-up."""
     if number == 0:
-        return "warmup/target"
-    return f"round-{number}/target" if arm == "bliss" else f"controls/{arm}/round-{number}/target"
+        return "warmup"
+    return f"round-{number}" if arm == config.method else f"controls/{arm}/round-{number}"
+
+
+def target_folder(config: Config, arm: str, number: int) -> str:
+    """Where an arm's target lies after a round."""
+    return f"{arm_folder(config, arm, number)}/target"

@@ -5,7 +5,9 @@ counted from the models' matrices; seconds follow from the speed that proxy and 
 probe of one or two steps, and are right to about a factor of two.
 """
 
+import bz2
 import gzip
+import lzma
 import math
 import time
 from collections.abc import Sequence
@@ -24,6 +26,9 @@ from bilect.config import Config, SourceConfig, TrainConfig
 from bilect.data.documents import Document, bad_record, read_input
 from bilect.data.sources import Input, inputs
 from bilect.errors import BilectError, reason
+from bilect.methods import methods_of
+from bilect.methods._score_model import ScoreModelMethod
+from bilect.methods.bliss import BilevelMethod
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
 from bilect.models.loading import load_causal_lm, load_tokenizer, padded_vocabulary, train_tokenizer
@@ -32,7 +37,7 @@ from bilect.models.score_model import ScoreModel, ScoreModelConfig
 from bilect.pipeline import texts
 from bilect.pipeline.context import RunContext
 from bilect.pipeline.directory import read_manifest
-from bilect.pipeline.stages import Stage, stages, states, wanted, with_arms
+from bilect.pipeline.stages import Command, Stage, stages, states, wanted, with_arms
 from bilect.pipeline.training import PROBE_DOCUMENTS
 from bilect.runtime import distributed
 from bilect.runtime.device import pick_device
@@ -74,13 +79,14 @@ class _Corpus:
         return self.tokens / max(self.documents, 1)
 
 
-def plan_run(config: Config, out: Path, arms: Sequence[str] = ()) -> list[PlannedStage]:
+def plan_run(config: Config, out: Path, arms: Sequence[str] = (), command: Command = "run") -> list[PlannedStage]:
     """The stages of a run with their costs; writes nothing.
 
     Args:
         config: of the run.
         out: the run directory; need not exist.
-        arms: only these controls, as in ``pipeline.run``.
+        arms: only these controls, as in ``run``.
+        command: only its stages, as in ``run``.
 
     Raises:
         BilectError: input files or models are not there.
@@ -90,8 +96,8 @@ def plan_run(config: Config, out: Path, arms: Sequence[str] = ()) -> list[Planne
     plan = stages(context, texts.input_hashes(context))
     manifest = read_manifest(out)
     done, records = states(plan, manifest), manifest["stages"]
-    if arms:
-        plan = wanted(plan, done, "train", None, arms)
+    if arms or command != "run":
+        plan = wanted(plan, done, "train" if arms else command, None, arms)
     tokenise = _Tokeniser(config, out)
     data = config.data
     pool, upper = (
@@ -150,14 +156,15 @@ class _Tokeniser:
             return sample
         name, raw = part.files[0] if part.files else "", "\n".join(d.text for d in taken).encode()
         scale = 1.0  # a dataset that is streamed does not tell its size
-        if name.endswith(".parquet"):
+        if name.lower().endswith(".parquet"):
             import pyarrow.parquet as pq
 
             with fsspec.open(name, "rb") as handle:
                 scale = pq.ParquetFile(handle).metadata.num_rows / len(taken)
         elif name:
-            packed = {".gz": lambda: gzip.compress(raw, 6), ".zst": lambda: zstandard.compress(raw)}
-            scale = max(_size(part) / len(packed.get(Path(name).suffix, lambda: raw)()), 1.0)
+            packed = {".gz": lambda: gzip.compress(raw, 6), ".zst": lambda: zstandard.compress(raw),
+                      ".bz2": lambda: bz2.compress(raw), ".xz": lambda: lzma.compress(raw)}  # fmt: skip
+            scale = max(_size(part) / len(packed.get(Path(name).suffix.lower(), lambda: raw)()), 1.0)
         return _Corpus(sample.tokens * scale, sample.documents * scale)
 
     def _sample(self, documents: Sequence[Document], chunk: bool) -> _Corpus:
@@ -192,6 +199,7 @@ class _Costs:
 
     def __init__(self, config: Config, vocabulary: int, pool: _Corpus, upper: _Corpus, heldout: _Corpus) -> None:
         self.config, self.pool, self.upper, self.heldout, self.vocabulary = config, pool, upper, heldout, vocabulary
+        self.methods = methods_of(config)
         self.proxy, self.target = (self._shape(spec) for spec in (config.models.proxy, config.models.target))
         trunk = getattr(self.proxy, self.proxy.base_model_prefix).config.to_dict()
         with torch.device("meta"):
@@ -211,33 +219,29 @@ class _Costs:
 
     def of(self, stage: Stage) -> tuple[float, float, str | None]:
         """Tokens, operations and the model that sets the pace (None: the tokenizer) of a stage."""
-        config, name = self.config, stage.name.split(": ")[-1]
-        shard = self.pool.tokens * (1 - config.warmup.share) / config.rounds
+        config, name = self.config, stage.kind
+        set_aside = 0.0 if config.warmup.candidates else config.warmup.share
+        shard = self.pool.tokens * (1 - set_aside) / config.rounds
         if name == "tokenise pool":
             return self.pool.tokens, 0.0, None
         if name in ("tokenise upper", "tokenise held-out"):
             return (self.upper if name == "tokenise upper" else self.heldout).tokens, 0.0, None
-        if name.startswith("warm up"):
-            role = name.removeprefix("warm up ")
+        if stage.name.startswith("warm up"):
+            role = stage.name.removeprefix("warm up ")
             return self._training(config.warmup.proxy if role == "proxy" else config.warmup.target, role)
-        if name.startswith("train"):
+        if name == "train":
             tokens, flops, model = self._training(config.training, "target")
-            return tokens, flops + self._selecting(name.removeprefix("train "), tokens), model
-        if name == "fit":
-            flops = fit_flops(
-                config.fit,
-                self.proxy,
-                self.score_model,
-                self.target,
-                lower_length=self.pool.length,
-                upper_length=self.upper.length,
-            )
-            return config.fit.steps * config.fit.lower_batch_size * self.pool.length, flops, "proxy"
-        if name.startswith("choose"):
-            return shard, 0.0, "proxy"  # what other methods cost is not foreseen
+            return tokens, flops + self._selecting(stage.arm, tokens), model
+        method = self.methods.get(stage.arm)
+        if name == "fit" and isinstance(method, BilevelMethod):
+            fit = method.config
+            lengths = {"lower_length": self.pool.length, "upper_length": self.upper.length}
+            flops = fit_flops(fit, self.proxy, self.score_model, self.target, **lengths)
+            return fit.steps * fit.lower_batch_size * self.pool.length, flops, "proxy"
         if name == "score":
-            return shard, forward_flops(self.score_model, shard, self.pool.length), "proxy"
-        if name.startswith("evaluate"):
+            scoring = isinstance(method, ScoreModelMethod)  # what other methods cost is not foreseen
+            return shard, forward_flops(self.score_model, shard, self.pool.length) if scoring else 0.0, "proxy"
+        if name == "evaluate":
             tokens = self.heldout.tokens
             return tokens, forward_flops(self.target, tokens, self.heldout.length), "target"
         if name == "fidelity":

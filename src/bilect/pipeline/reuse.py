@@ -10,15 +10,19 @@ import numpy as np
 import yaml
 
 from bilect.config import Config, SelectionConfig, parse_config, parse_selection, parse_source
+from bilect.data.sources import Input
 from bilect.errors import BilectError
+from bilect.methods import load
+from bilect.methods.contract import Inputs
 from bilect.models.loading import load_tokenizer
 from bilect.pipeline import texts
-from bilect.pipeline.choosing import score_pool
-from bilect.pipeline.context import Figures, RunContext, find_clusters, open_pool
+from bilect.pipeline.choosing import SAVED, score_rows
+from bilect.pipeline.context import Figures, RunContext, arm_folder, find_clusters, open_pool
 from bilect.pipeline.directory import RunDir
 from bilect.runtime.files import content_hash
 from bilect.runtime.locks import locked
 from bilect.runtime.progress import Progress, SilentProgress
+from bilect.selection.originals import write_records
 from bilect.selection.records import attach_text
 from bilect.selection.select import Selected, select
 
@@ -65,7 +69,7 @@ def select_again(
 
     Returns:
         What was kept, and the folder: ``kept.parquet`` or ``kept.jsonl.zst`` (with text, where the token files are
-        there) and ``dropped.parquet``.
+        there), ``dropped.parquet`` and, where the pool is still there, the kept ``records/``.
 
     Raises:
         BilectError: no scores there, or wrong settings.
@@ -81,9 +85,13 @@ def select_again(
     clusters = None
     if config.max_per_cluster is not None and tokens is not None:
         clusters = find_clusters(tokens, config.cluster_similarity, progress or SilentProgress())
+    records = None if tokens is None or config.output == "text" else _records(tokens, settings, progress)
     chosen = select(scores, folder, config, seed=seed, clusters=clusters)
     if tokens is not None:
-        attach_text(folder, open_pool(tokens), config.format)
+        pool = open_pool(tokens)
+        attach_text(folder, pool, config.format)
+        if records is not None:
+            write_records(folder, pool, records)
     return chosen, folder
 
 
@@ -95,7 +103,7 @@ def score_files(
     *,
     fields: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Score other files with the score model of a run; started again, it goes on at the first missing file.
+    """Score other files by what a run has fitted; started again, it goes on at the first missing file.
 
     Args:
         source: the run directory.
@@ -108,32 +116,52 @@ def score_files(
         ``documents``, ``tokens`` and, by reason, the number of records left out (``skipped``).
 
     Raises:
-        BilectError: no score model there, or something wrong with the files.
+        BilectError: nothing fitted there, or something wrong with the files.
     """
-    base, score_model = _run_config(source), source / "score_model"
-    if base is None or not score_model.is_dir():
-        raise BilectError(f"score: {source} has no score model yet; finish the run first")
+    base = _run_config(source)
+    fitted = None if base is None else source / arm_folder(base, base.method, base.rounds) / SAVED
+    if base is None or fitted is None or not fitted.is_dir():
+        raise BilectError(f"score: {source} has fitted nothing to score by yet; finish the run first")
     names = dict(base.data.lower_data[0].fields if fields is None else fields)
-    changes = {"lower_data": tuple(parse_source({"path": path, "fields": names}) for path in data)}
+    pool = tuple(parse_source({"path": path, "fields": names}) for path in data)
+    changes = {"lower_data": pool, "upper_data": (), "heldout_data": ()}  # the run's own need not be there any more
     config = base.model_copy(update={"data": base.data.model_copy(update=changes)})
     context = RunContext(out.resolve(), config, progress or SilentProgress())
     with locked(out):
         directory = RunDir(context.root, config.seed)
-        directory.manifest["inputs"] = {"lower_data": texts.input_hashes(context)["lower_data"]}
+        directory.manifest["inputs"] = {"lower_data": texts.pool_hashes(context)}
         tokenizer = load_tokenizer(str(source / "tokenizer"))
         settings = [config.data.model_dump(), directory.manifest["inputs"], content_hash(tokenizer.get_vocab())]
         figures = directory.stage(
             "tokenise", lambda scratch: texts.tokenise_files(context, scratch, tokenizer), settings=settings
         )
-        weights = [content_hash(path) for path in sorted(score_model.glob("*.safetensors"))]
-        directory.stage("score", partial(_score, context, score_model), settings=weights, after=["tokenise"])
+        content = [content_hash(path) for path in sorted(fitted.rglob("*")) if path.is_file()]
+        action = partial(_score, context, RunContext(source.resolve(), base, SilentProgress()), fitted)
+        directory.stage("score", action, settings=content, after=["tokenise"])
         directory.finish()
     return {key: figures[key] for key in ("documents", "tokens", "skipped")}
 
 
-def _score(context: RunContext, model: Path, scratch: Path) -> Figures:
-    rows = np.setdiff1d(np.arange(len(context.pool())), context.excluded())
-    return score_pool(context, model, rows, scratch / "scores", "score")
+def _records(tokens: Path, settings: Mapping[str, Any], progress: Progress | None) -> list[Input] | None:
+    """Where the pool's records are from; None, with a word on it, where that is gone and records were not asked for."""
+    try:
+        return texts.pool_inputs(tokens)
+    except BilectError as error:
+        if settings.get("output") == "records":
+            raise
+        (progress or SilentProgress()).note(f"no records, but the text that the run holds: {error}")
+        return None
+
+
+def _score(context: RunContext, source: RunContext, fitted: Path, scratch: Path) -> Figures:
+    pool, config = context.pool(), source.config
+    rows = np.setdiff1d(np.arange(len(pool)), context.excluded())
+    inputs = Inputs(
+        pool, rows, source.upper_sets(), proxy=source.root / "warmup" / "proxy", scratch=scratch / ".fit",
+        pad_id=source.pad_id, seed=config.seed, device=source.device, number=config.rounds, bf16=config.fit.bf16,
+        batch_tokens=config.score_batch_tokens,
+    )  # fmt: skip
+    return score_rows(context, load(fitted, inputs), rows, scratch / "scores", "score")
 
 
 def _scores_of(source: Path, number: int | None) -> tuple[Path, Path | None]:

@@ -1,44 +1,60 @@
 """Text to tokens: the pool, and the target sets: upper data and held-out data.
 
 ``tokens/pool/``, ``tokens/upper/`` and ``tokens/heldout/`` hold token files; ``tokens/pool.json`` lists those of the
-pool, and its rows that repeat others, ``tokens/held-out.json`` its rows with a held-out text, and
-``tokens/skipped-*.jsonl`` every record that was left out, and why.
+pool, where their records are from, what makes their ids unique, and the rows that repeat others;
+``tokens/held-out.json`` its rows with a held-out text, and ``tokens/skipped-*.jsonl`` every record that was left out,
+and why.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from bilect.config import Config, SourceConfig
-from bilect.data.checks import DocumentIndex
-from bilect.data.documents import Problem, bad_record, read_documents
-from bilect.data.sources import Input, identity, inputs, set_name
+from bilect.data.documents import check_fields, read_documents
+from bilect.data.sources import Input, identity, inputs, places, set_name
 from bilect.data.task_files import task_inputs
 from bilect.data.token_files import TokenFiles, link
-from bilect.data.tokens import TokenStore, write_rows
 from bilect.errors import BilectError
+from bilect.methods import methods_of
 from bilect.models.loading import load_tokenizer, train_tokenizer
 from bilect.models.presets import PRESETS
 from bilect.pipeline.context import Figures, RunContext
+from bilect.pipeline.directory import read_manifest
+from bilect.pipeline.document_set import TWICE, DocumentSet
 from bilect.runtime import distributed
 from bilect.runtime.files import write_json, write_text
-from bilect.runtime.progress import Task
 
-__all__ = ["given_tokenizer", "input_hashes", "tokenise_files", "tokenise_heldout", "tokenise_pool", "tokenise_upper"]
+__all__ = [
+    "given_tokenizer",
+    "input_hashes",
+    "pool_hashes",
+    "pool_inputs",
+    "tokenise_files",
+    "tokenise_heldout",
+    "tokenise_pool",
+    "tokenise_upper",
+]
 
-TWICE, HELD_OUT = "duplicate doc_id", "in heldout_data"
+HELD_OUT = "in heldout_data"
+_SUFFIX = re.compile(r"\.(jsonl|ndjson|json|parquet|txt)(\.\w+)?$", re.IGNORECASE)
 
 
 def input_hashes(run: RunContext) -> dict[str, dict[str, str]]:
     """Identity of every input, by role: its content's hash where it is local, its version elsewhere.
+
+    Of a role whose inputs cannot be found any more, it is what the run directory says of them, if that is of the same
+    sources: stages that are done need them no longer, others say so themselves.
 
     Raises:
         BilectError: an input is missing or cannot be read, or two target sets of a role have the same name.
@@ -51,12 +67,58 @@ def input_hashes(run: RunContext) -> dict[str, dict[str, str]]:
             if count > 1:
                 raise BilectError(f"data.{role}: {count} sets are called {name!r}; give each its own source")
     for role, sources in (("lower_data", data.lower_data), *target_sets):
-        for source in sources:
-            for part in inputs(source):
-                known = found[role].get(part.where, "")
-                found[role][part.where] = f"{known} {identity(part)}".strip()  # several, of a large folder of text
+        try:
+            found[role] = _hashes(sources)
+        except BilectError as error:
+            found[role] = _recorded(run, role, sources, error)
     if run.config.tasks.names:
         found["tasks"] = {"lm-eval": _version("lm-eval"), **task_inputs(run.config.tasks.names)}
+    return found
+
+
+def pool_hashes(run: RunContext) -> dict[str, str]:
+    """``input_hashes`` of the pool alone: where nothing else is read."""
+    return _hashes(run.config.data.lower_data)
+
+
+def _hashes(sources: Sequence[SourceConfig]) -> dict[str, str]:
+    found = dict[str, str]()
+    for source in sources:
+        for part in inputs(source):  # several of one name, of a large folder of text
+            found[part.where] = f"{found.get(part.where, '')} {identity(part)}".strip()
+    return found
+
+
+def _recorded(run: RunContext, role: str, sources: Sequence[SourceConfig], error: BilectError) -> dict[str, str]:
+    file = run.root / "config.yaml"
+    recorded = read_manifest(run.root).get("inputs", {}).get(role)
+    before = yaml.safe_load(file.read_text(encoding="utf-8"))["data"].get(role) if file.is_file() else None
+    if not recorded or before != [source.model_dump(mode="json") for source in sources]:
+        raise error
+    run.progress.note(f"data.{role}: {error}; going on with what {run.root} holds of it")
+    return dict(recorded)
+
+
+def pool_inputs(tokens: Path) -> list[Input]:
+    """Where the records of a pool are from: an input for each of its token files, in order.
+
+    Args:
+        tokens: folder with ``pool.json``.
+
+    Raises:
+        BilectError: one of them is not there any more, or not as it was.
+    """
+    notes = [f["from"] for f in json.loads((tokens / "pool.json").read_text(encoding="utf-8"))["files"]]
+    found = [Input.of_note(note) for note in notes]
+    for part, note in zip(found, notes, strict=True):
+        try:
+            same = identity(part) == note["identity"]
+        except BilectError as error:
+            raise BilectError(f"selection.output: the kept records are copied from the pool, but {error} "
+                              "(selection.output=text needs it no more)") from error  # fmt: skip
+        if not same:
+            raise BilectError(f"selection.output: the kept records are copied from the pool, but {part.where} has "
+                              "changed since it was tokenised (selection.output=text needs it no more)")  # fmt: skip
     return found
 
 
@@ -72,6 +134,9 @@ def tokenise_pool(run: RunContext, scratch: Path) -> Figures:
     if not distributed.is_main():
         return {}
     data = run.config.data
+    for source in (*data.lower_data, *data.upper_data, *data.heldout_data):
+        for part in inputs(source):
+            check_fields(part)
     if data.long_documents == "truncate":  # a row per document: too few are known before anything is tokenised
         skip = data.on_bad_record == "skip"
         _check_size(run, sum(1 for _ in islice(read_documents(data.lower_data, skip=skip), _needed(run))))
@@ -83,18 +148,32 @@ def tokenise_pool(run: RunContext, scratch: Path) -> Figures:
 def tokenise_files(run: RunContext, scratch: Path, tokenizer: PreTrainedTokenizerBase) -> Figures:
     """Token files of the pool under a given tokenizer, which is saved beside them."""
     data, folder = run.config.data, scratch / "tokens"
-    skip = data.on_bad_record == "skip"
+    pool = DocumentSet("pool", data.lower_data, data.duplicates)
+    pool.look(run)
     with run.progress.task("tokenise the pool", unit="documents") as task:
         tokenizer.save_pretrained(scratch / "tokenizer")
-        pool = _Set("pool", data.lower_data)
         pool.tokenise(_token_files(run, tokenizer, chunk=data.long_documents == "chunk"), task)
         files = [folder / "pool" / f"{n:05d}-{part.name}.arrow" for n, part in enumerate(pool.inputs)]
         for made, file in zip(pool.paths, files, strict=True):
             link(made, file)
-    pool.leave_out_repeated(skip)
+    pool.leave_out_repeated()
+    naming = pool.index.naming(_names(pool.inputs))
+    renamed = [part.where for part, name in zip(pool.inputs, naming, strict=True) if name.prefix]
+    if renamed:
+        others = f" and of {len(renamed) - 1} more" if len(renamed) > 1 else ""
+        example = next(name for name in naming if name.prefix)
+        run.progress.note(f"ids of {renamed[0]}{others} occur more than once: they are called "
+                          f"{example.prefix}{'RECORD/' * example.numbered}ID")  # fmt: skip
     rows = [
-        {"file": file.name, "input": part.where, "weight": part.source.weight, "rows": len(store_part.rows)}
-        for file, part, store_part in zip(files, pool.inputs, pool.store.parts, strict=True)
+        {
+            "file": file.name,
+            "input": part.where,
+            "weight": part.source.weight,
+            "rows": len(store_part.rows),
+            "naming": asdict(name),
+            "from": {**part.note(), "identity": identity(part)},
+        }
+        for file, part, store_part, name in zip(files, pool.inputs, pool.store.parts, naming, strict=True)
     ]
     write_json(folder / "pool.json", {"files": rows, "excluded": {TWICE: pool.twice.tolist()}})
     _write_skipped(folder / "skipped-pool.jsonl", pool.skipped)
@@ -103,6 +182,8 @@ def tokenise_files(run: RunContext, scratch: Path, tokenizer: PreTrainedTokenize
         "tokens": tokens,
         "documents": len(pool.store) - len(pool.twice),
         "skipped": _counts(pool.skipped),
+        "not_read": pool.not_read,
+        "inputs_with_renamed_ids": len(renamed),
         "flops": 0.0,
     }
 
@@ -113,11 +194,12 @@ def tokenise_heldout(run: RunContext, scratch: Path) -> Figures:
         return {}
     data = run.config.data
     sets = _tokenise_sets(run, "heldout", data.heldout_data)
-    pool = _Set("pool", data.lower_data)
+    pool = DocumentSet("pool", data.lower_data, data.duplicates)
     pool.use(run.pool())
     pool.twice = np.array(run.pool_note()["excluded"][TWICE], dtype=np.int64)
     pool.index.leave_out(pool.twice)
-    held_out = np.unique(np.concatenate([pool.index.with_texts_of(s.index) for s in sets]))
+    none = np.zeros(0, np.int64)  # where nothing is held out
+    held_out = np.unique(np.concatenate([none, *(pool.index.with_texts_of(s.index) for s in sets)]))
     for document in held_out.tolist():
         pool.skip(document, HELD_OUT, "its text is that of a held-out document")
     rows = pool.index.rows(held_out)
@@ -140,87 +222,33 @@ def tokenise_upper(run: RunContext, scratch: Path) -> Figures:
     return _saved(scratch, sets, "upper")
 
 
-def _tokenise_sets(run: RunContext, role: str, sources: Sequence[SourceConfig]) -> "list[_Set]":
-    files, sets = _token_files(run, run.tokenizer, chunk=False), [_Set(role, (source,)) for source in sources]
+def _tokenise_sets(run: RunContext, role: str, sources: Sequence[SourceConfig]) -> list[DocumentSet]:
+    files = _token_files(run, run.tokenizer, chunk=False)
+    sets = [DocumentSet(role, (source,), run.config.data.duplicates) for source in sources]
+    for part in sets:
+        part.look(run)
     with run.progress.task(f"tokenise the {'held-out' if role == 'heldout' else role} sets") as task:
         for part in sets:
             part.tokenise(files, task)
-            part.leave_out_repeated(run.config.data.on_bad_record == "skip")
+            part.leave_out_repeated()
     return sets
 
 
-def _saved(scratch: Path, sets: "Sequence[_Set]", name: str, skipped: Sequence[dict[str, Any]] = ()) -> Figures:
+def _saved(scratch: Path, sets: Sequence[DocumentSet], name: str, skipped: Sequence[dict[str, Any]] = ()) -> Figures:
     """A token file per set, and a list of what was left out."""
     for part in sets:
         part.save(scratch / "tokens" / part.role / f"{set_name(part.sources[0])}.arrow")
     skipped = [*skipped, *(s for part in sets for s in part.skipped)]
     _write_skipped(scratch / "tokens" / f"skipped-{name}.jsonl", skipped)
     tokens = sum(int(part.store.length_R.sum()) for part in sets)
-    return {"tokens": tokens, "skipped": _counts(skipped), "flops": 0.0}
+    not_read = sum(part.not_read for part in sets)
+    return {"tokens": tokens, "skipped": _counts(skipped), "not_read": not_read, "flops": 0.0}
 
 
-@dataclass
-class _Set:
-    """The inputs of a role or of one target set, and what became of them."""
-
-    role: str
-    sources: Sequence[SourceConfig]
-    paths: list[Path] = field(default_factory=list)
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    twice: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # rows that are left out
-
-    def __post_init__(self) -> None:
-        self.inputs = [part for source in self.sources for part in inputs(source)]
-
-    def tokenise(self, files: TokenFiles, task: Task) -> None:
-        for part in self.inputs:
-            made = files.get(part, task.advance)
-            self.paths.append(made.path)
-            self.skipped += [_skipped(self.role, part, p) for p in made.skipped]
-        self.use(TokenStore(self.paths))
-        if not len(self.store):
-            where = ", ".join(s.path or str(s.dataset) for s in self.sources)
-            left_out = f": all {len(self.skipped)} records were left out" if self.skipped else ""
-            raise BilectError(f"data: no documents for {self.role} in {where}{left_out}")
-
-    def use(self, store: TokenStore) -> None:
-        self.store, self.index = store, DocumentIndex(store)
-
-    def leave_out_repeated(self, skip: bool) -> None:
-        """Leave out the documents that repeat an id; unless they are to be skipped, the first of them is an error."""
-        pairs = self.index.repeated()
-        for document, first in pairs:
-            same_text = self.index.has_hash_for_id(document)
-            what = "the same text" if same_text else f"doc_id {self.index.id(document)!r}"
-            detail = f"{what} occurs twice, first in {self.at(first)}"
-            if not skip:
-                part, record = self._locate(document)
-                raise bad_record(part, Problem(record, TWICE, detail))
-            self.skip(document, TWICE, detail)
-        self.twice = self.index.rows(np.array([d for d, _ in pairs], dtype=np.int64))
-        self.index.leave_out(self.twice)
-
-    def save(self, file: Path) -> None:
-        """One token file of a set."""
-        if len(self.paths) == 1 and not len(self.twice):
-            link(self.paths[0], file)
-        else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.unlink(missing_ok=True)
-            write_rows(self.store, np.setdiff1d(np.arange(len(self.store)), self.twice), file)
-
-    def at(self, document: int) -> str:
-        part, record = self._locate(document)
-        return part.at(record)
-
-    def skip(self, document: int, reason: str, detail: str) -> None:
-        part, record = self._locate(document)
-        self.skipped.append(_skipped(self.role, part, Problem(record, reason, detail)))
-
-    def _locate(self, document: int) -> tuple[Input, int]:
-        row = int(self.index.first_D[document])
-        number = next(n for n, part in enumerate(self.store.parts) if row in part.rows)
-        return self.inputs[number], int(self.store.take("record", [row])[0].as_py())
+def _names(parts: Sequence[Input]) -> list[str]:
+    """What is put before ids that are not unique: the path of the input without its suffix."""
+    found = [_SUFFIX.sub("", place) for place in places(parts)]
+    return [part.name if name == "." else name for name, part in zip(found, parts, strict=True)]
 
 
 def _token_files(run: RunContext, tokenizer: PreTrainedTokenizerBase, *, chunk: bool) -> TokenFiles:
@@ -228,20 +256,19 @@ def _token_files(run: RunContext, tokenizer: PreTrainedTokenizerBase, *, chunk: 
     return TokenFiles(tokenizer, context=data.context, chunk=chunk, skip=data.on_bad_record == "skip")
 
 
+def _batch(run: RunContext) -> int:
+    """The greatest batch of documents that a method of the run learns from at a time."""
+    return max(getattr(method.config, "lower_batch_size", 1) for method in methods_of(run.config).values())
+
+
 def _needed(run: RunContext) -> int:
-    return (run.config.rounds + 1) * run.config.fit.lower_batch_size
+    return (run.config.rounds + 1) * _batch(run)
 
 
 def _check_size(run: RunContext, rows: int) -> None:
     if rows < _needed(run):
         raise BilectError(f"data: the pool has {rows} documents, fewer than {run.config.rounds + 1} batches of "
-                          f"{run.config.fit.lower_batch_size}; add documents or lower "
-                          "fit.lower_batch_size")  # fmt: skip
-
-
-def _skipped(role: str, part: Input, problem: Problem) -> dict[str, Any]:
-    file, place = part.place(problem.record)
-    return {"role": role, "file": file, "place": place, "reason": problem.reason, "detail": problem.detail}
+                          f"{_batch(run)}; add documents or lower fit.lower_batch_size")  # fmt: skip
 
 
 def _write_skipped(file: Path, skipped: Iterable[dict[str, Any]]) -> None:

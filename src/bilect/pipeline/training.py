@@ -10,29 +10,27 @@ import numpy as np
 from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
-from bilect.config import TOKEN_METHODS, TrainConfig
+from bilect.config import TrainConfig
 from bilect.data.loading import UpperBatches
 from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
+from bilect.methods import methods_of
 from bilect.models.flops import forward_flops
 from bilect.models.loading import check_vocabulary, load_causal_lm, padded_vocabulary
 from bilect.models.presets import PRESETS
-from bilect.pipeline.context import Figures, RunContext, target_folder
+from bilect.pipeline.choosing import SAVED, documents_of
+from bilect.pipeline.context import Figures, RunContext
 from bilect.pipeline.last_good import keep_last_good
 from bilect.runtime import distributed
 from bilect.runtime.files import write_json
 from bilect.runtime.seeds import derive_seed
-from bilect.selection.near_duplicates import within_cap
-from bilect.selection.records import kept_ids
 from bilect.training import evaluation
 from bilect.training.curve import HeldoutCurve
 from bilect.training.train import NotANumberError, Online, forget_training, train
 
-__all__ = ["OF_RANDOM", "PROBE_DOCUMENTS", "evaluate", "fidelity", "publish", "train_arm", "warm_up"]
+__all__ = ["PROBE_DOCUMENTS", "evaluate", "fidelity", "publish", "train_arm", "warm_up"]
 
 PROBE_DOCUMENTS = 256
-OF_RANDOM = ("keep_ratio", "budget_tokens", "top_k", "max_per_cluster", "cluster_similarity")  # of selection
-WHOLE_POOL = ("full", *TOKEN_METHODS)  # arms that train on all documents
 
 
 def warm_up(run: RunContext, scratch: Path, role: str) -> Figures:
@@ -47,8 +45,11 @@ def warm_up(run: RunContext, scratch: Path, role: str) -> Figures:
     if model.get_input_embeddings().weight.shape[0] < len(run.tokenizer):
         raise BilectError(f"models.{role}: its vocabulary of {model.get_input_embeddings().weight.shape[0]} is smaller "
                           f"than the tokenizer's {len(run.tokenizer)}")  # fmt: skip
-    pool = run.pool()
     out = scratch / "warmup" / role
+    if not settings.steps:  # a pretrained model that is taken as it is
+        run.save(model, out)
+        return {"tokens": 0, "flops": 0.0}
+    pool = run.pool()
     rows, title = run.shard(0, len(pool)), f"warm up the {role}"
     decayed = role == "target"
     labels = ("warm-up", role)
@@ -58,15 +59,25 @@ def warm_up(run: RunContext, scratch: Path, role: str) -> Figures:
 
 def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
     """Train an arm's target on its documents of the shard, and a decayed copy for evaluation."""
-    pool = run.pool()
-    rows = _rows_of(run, arm, number, pool)
-    model = run.load(target_folder(arm, number - 1))
-    out, title = scratch / target_folder(arm, number), f"round {number}: train on {arm}"
-    before, settings = run.root / target_folder(arm, number - 1), run.config.training
-    labels = ("train", number)
-    return _train(run, model, pool, rows, scratch, out, settings, title, labels, decayed=True, start_from=before,
-                  weight_R=pool.weight_R if arm in WHOLE_POOL else None, online=_online(run, arm),
-                  curve=_curve(run))  # fmt: skip
+    pool, rows = run.pool(), documents_of(run, arm, number)
+    start = run.target_folder(arm, number - 1)
+    whole_shard = not methods_of(run.config)[arm].scores_documents
+    return _train(
+        run,
+        run.load(start),
+        pool,
+        rows,
+        scratch,
+        scratch / run.target_folder(arm, number),
+        run.config.training,
+        f"round {number}: train on {arm}",
+        ("train", number),
+        decayed=True,
+        start_from=run.root / start,
+        weight_R=pool.weight_R if whole_shard else None,
+        online=_online(run, arm),
+        curve=_curve(run),
+    )
 
 
 def _curve(run: RunContext) -> HeldoutCurve | None:
@@ -114,12 +125,14 @@ def fidelity(run: RunContext, scratch: Path, number: int) -> Figures:
     pool = run.pool()
     seed = derive_seed(run.config.seed, "probe", number)
     probe = np.sort(np.random.default_rng(seed).permutation(run.shard(number, len(pool)))[:PROBE_DOCUMENTS])
-    start = "warmup/proxy" if number == 1 or run.config.reset_proxy else f"round-{number - 1}/proxy"
+    config = run.config
+    goes_on = number > 1 and not getattr(methods_of(config)[config.method].config, "reset_proxy", True)
+    start = f"{run.arm_folder(config.method, number - 1)}/{SAVED}/proxy" if goes_on else "warmup/proxy"
     folders = {
         "proxy_before": start,
-        "proxy_after": f"round-{number}/proxy",
-        "target_before": target_folder("bliss", number - 1),
-        "target_after": f"round-{number}/target",
+        "proxy_after": f"{run.arm_folder(config.method, number)}/{SAVED}/proxy",
+        "target_before": run.target_folder(config.method, number - 1),
+        "target_after": run.target_folder(config.method, number),
     }
     losses, flops = {}, 0.0
     tokens = int(pool.length_R[probe].sum())
@@ -137,45 +150,26 @@ def fidelity(run: RunContext, scratch: Path, number: int) -> Figures:
             losses["proxy_after"] - losses["proxy_before"], losses["target_after"] - losses["target_before"]
         ),
     }
-    write_json(scratch / f"round-{number}" / "fidelity.json", result)
+    write_json(scratch / run.arm_folder(config.method, number) / "fidelity.json", result)
     return {**result, "flops": flops, "tokens": 4 * tokens}
 
 
 def publish(run: RunContext, scratch: Path) -> Figures:
-    """The final models where users look for them."""
+    """The final models where users look for them: those that the method has, and its target."""
     if distributed.is_main():
-        last = run.config.rounds
-        sources = {
-            "proxy": run.root / f"round-{last}" / "proxy",
-            "score_model": run.root / f"round-{last}" / "score_model",
-            "target": run.root / run.evaluated(target_folder("bliss", last)),
-        }
+        arm, last = run.config.method, run.config.rounds
+        fitted = run.root / run.arm_folder(arm, last) / SAVED
+        sources = {"proxy": fitted / "proxy", "score_model": fitted / "score_model"}
+        sources["target"] = run.root / run.evaluated(run.target_folder(arm, last))
         for name, folder in sources.items():
+            if not folder.is_dir():
+                continue
             (scratch / name).mkdir(exist_ok=True)
             for file in chain(folder.glob("*.json"), folder.glob("*.safetensors"), folder.glob("*.jinja")):
                 (scratch / name / file.name).write_bytes(file.read_bytes())
+            if name == "proxy":
+                run.tokenizer.save_pretrained(scratch / name)
     return {"flops": 0.0}
-
-
-def _rows_of(run: RunContext, arm: str, number: int, pool: TokenStore) -> np.ndarray:
-    shard = run.shard(number, len(pool))
-    if arm in WHOLE_POOL:
-        return shard
-    if arm != "random":
-        ids = set(kept_ids((run.root / target_folder(arm, number)).with_name("selected")))
-        return np.array([i for i, d in zip(shard, pool.doc_ids(shard), strict=True) if d in ids])
-    generator = np.random.default_rng(derive_seed(run.config.seed, "random", number))
-    order = generator.permutation(shard)
-    if pool.weight_R is not None:  # a weighted draw without replacement (Efraimidis and Spirakis 2006)
-        order = order[np.argsort(generator.exponential(size=len(order)) / pool.weight_R[order])]
-    selection, clusters = run.config.selection, run.clusters()
-    budget = selection.budget(int(pool.length_R[order].sum()))
-    if clusters is not None and selection.max_per_cluster is not None:  # the cap is no merit of the scores
-        order = order[within_cap(pool.doc_ids(order), clusters, selection.max_per_cluster)]
-    if selection.top_k is not None:
-        return order[: selection.top_k]
-    length_R = pool.length_R[order]
-    return order[np.cumsum(length_R) - length_R < budget]
 
 
 def _train(

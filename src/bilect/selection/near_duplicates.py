@@ -105,7 +105,7 @@ def band_rows(similarity: float) -> int:
 
 def within_cap(doc_ids: list[str], clusters: Path, cap: int) -> np.ndarray:
     """Which of some documents, in order of preference, are among the first ``cap`` of their cluster: (D,) booleans."""
-    table = pq.read_table(clusters)
+    table = pq.ParquetFile(clusters).read()  # unlike read_table, takes nothing of the path for a column
     place = pc.index_in(pa.array(doc_ids, pa.string()), table["doc_id"].combine_chunks())
     cluster_D = np.asarray(pc.fill_null(table["cluster"].combine_chunks().take(place), -1))
     order = np.argsort(cluster_D, kind="stable")

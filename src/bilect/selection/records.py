@@ -1,15 +1,18 @@
-"""The kept documents with their text, as Parquet or JSONL.zst, out of core."""
+"""The kept documents as a table, with their text as the models saw it, out of core; how they came: ``originals``."""
 
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
+import numpy as np
+import pyarrow.parquet as pq
 
 from bilect.data.tokens import TokenStore
+from bilect.errors import BilectError
 from bilect.selection.ranking import quoted
 
-__all__ = ["attach_text", "extremes", "kept_ids"]
+__all__ = ["attach_text", "extremes", "kept_ids", "kept_rows"]
 
 _FORMATS = {"parquet": "FORMAT parquet, COMPRESSION zstd", "jsonl.zst": "FORMAT json, COMPRESSION zstd"}
 
@@ -21,16 +24,19 @@ def attach_text(selected: Path, store: TokenStore, form: Literal["parquet", "jso
         selected: folder of a selection.
         store: token files with the documents; may hold more than was selected.
         form: ``kept.parquet`` (best first), or ``kept.jsonl.zst`` with one object per line.
+
+    Raises:
+        BilectError: documents of the selection are not in the store.
     """
     kept, final = selected / "kept.parquet", selected / f"kept.{form}"
     draft = selected / f".{final.name}.partial"
-    with duckdb.connect() as db:
-        db.execute(f"SET temp_directory = {quoted(selected / '.duckdb')}")
+    with _connected(selected) as db:
         db.register("texts", store.reader(["doc_id", "text"]))
-        db.execute(
-            f"""COPY (SELECT k.*, t.text FROM read_parquet({quoted(kept)}) k JOIN texts t USING (doc_id) ORDER BY rank)
+        found = db.execute(
+            f"""COPY (SELECT k.*, t.text FROM {_parquet(kept)} k JOIN texts t USING (doc_id) ORDER BY rank)
                 TO {quoted(draft)} ({_FORMATS[form]})"""
-        )
+        ).fetchall()[0][0]
+    _check_count(found, pq.read_metadata(kept).num_rows)
     with draft.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(draft, final)
@@ -49,12 +55,10 @@ def extremes(selected: Path, store: TokenStore, documents: int, characters: int)
         documents: how many of each.
         characters: of the text that are shown.
     """
-    files = ", ".join(quoted(selected / name) for name in ("kept.parquet", "dropped.parquet"))
     names = ("doc_id", "source", "n_tokens", "score")
-    with duckdb.connect() as db:
-        db.execute(
-            f"CREATE VIEW ranked AS SELECT {', '.join(names)}, rank FROM read_parquet([{files}], union_by_name=true)"
-        )
+    with _connected(selected) as db:
+        tables = [f"SELECT {', '.join(names)}, rank FROM {_parquet(selected / f'{n}.parquet')}" for n in _PARTS]
+        db.execute(f"CREATE VIEW ranked AS {' UNION ALL '.join(tables)}")
         rows = {
             name: db.execute(f"SELECT * EXCLUDE (rank) FROM ranked ORDER BY rank {order} LIMIT {documents}").fetchall()
             for name, order in (("best", "ASC"), ("worst", "DESC"))
@@ -70,7 +74,51 @@ def extremes(selected: Path, store: TokenStore, documents: int, characters: int)
 
 def kept_ids(selected: Path) -> list[str]:
     """Ids of the kept documents, best first."""
-    file = next(selected / f"kept.{form}" for form in _FORMATS if (selected / f"kept.{form}").is_file())
-    reader = "read_parquet" if file.suffix == ".parquet" else "read_json"
-    with duckdb.connect() as db:
-        return [row[0] for row in db.execute(f"SELECT doc_id FROM {reader}({quoted(file)}) ORDER BY rank").fetchall()]
+    with _connected(selected) as db:
+        return [row[0] for row in db.execute(f"SELECT doc_id FROM {_kept(selected)} ORDER BY rank").fetchall()]
+
+
+def kept_rows(selected: Path, store: TokenStore, *, in_order: bool = False) -> np.ndarray:
+    """Rows of the kept documents in a store: (D,) integers, in the order of the store or of their ranks.
+
+    Raises:
+        BilectError: documents of the selection are not in the store.
+    """
+    with _connected(selected) as db:
+        db.register("rows", store.reader(["doc_id", "row"]))
+        order = "k.rank" if in_order else "r.row"
+        query = f"SELECT r.row FROM {_kept(selected)} k JOIN rows r USING (doc_id) ORDER BY {order}"
+        found = db.execute(query).fetchnumpy()["row"]
+        (wanted,) = db.execute(f"SELECT count(*) FROM {_kept(selected)}").fetchall()[0]
+    _check_count(len(found), wanted)
+    return np.asarray(found)
+
+
+_PARTS = ("kept", "dropped")
+
+
+def _connected(selected: Path) -> duckdb.DuckDBPyConnection:
+    db = duckdb.connect()
+    scratch = selected / ".duckdb"
+    db.execute(f"SET temp_directory = {quoted(scratch)}")
+    return db
+
+
+def _kept(selected: Path) -> str:
+    """The table of kept documents for SQL; an id is text, whatever it looks like."""
+    packed = selected / "kept.jsonl.zst"
+    if not packed.is_file():
+        return _parquet(selected / "kept.parquet")
+    columns = "{doc_id: 'VARCHAR', rank: 'BIGINT'}"
+    return f"read_json({quoted(packed)}, format='newline_delimited', columns={columns}, hive_partitioning=false)"
+
+
+def _parquet(file: Path) -> str:
+    """A Parquet file for SQL: ``lr=0.01`` in its path is a folder's name, no column."""
+    return f"read_parquet({quoted(file)}, hive_partitioning=false)"
+
+
+def _check_count(found: int, wanted: int) -> None:
+    if found != wanted:
+        raise BilectError(f"select: {found:,} of the {wanted:,} kept documents are found in the token files; the "
+                          "scores are of other files")  # fmt: skip

@@ -1,5 +1,7 @@
 """Score token rows: one Parquet file with ``doc_id, source, n_tokens, score`` per token file, written atomically.
 
+``n_tokens`` counts the tokens beyond the context too: what a record brings to a training, and what budgets count.
+
 A file that is there is not scored again, so an interrupted run goes on at the first missing one. Memory depends on
 ``ROWS_AT_ONCE``, not on the size of the corpus.
 """
@@ -95,7 +97,7 @@ def write_scores(
         with pq.ParquetWriter(draft, _SCHEMA) as writer:
             for some in _pieces(own, ROWS_AT_ONCE):
                 scores = np.asarray(score(some), dtype=np.float32)
-                columns = [store.doc_ids(some), store.sources(some), store.length_R[some], scores]
+                columns = [store.doc_ids(some), store.sources(some), store.whole_R[some], scores]
                 writer.write_table(pa.table(columns, schema=_SCHEMA))
         os.replace(draft, files[-1])
     distributed.barrier()

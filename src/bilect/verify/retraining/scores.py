@@ -13,7 +13,7 @@ from bilect import methods
 from bilect.config import Config
 from bilect.errors import DivergedError
 from bilect.methods.contract import Inputs
-from bilect.pipeline.context import target_folder
+from bilect.pipeline.context import WARM_TARGET
 from bilect.runtime.seeds import derive_seed
 from bilect.verify.retraining.subsets import Study
 
@@ -99,7 +99,7 @@ def _inputs(study: Study, scratch: Path, seed: int) -> Inputs:
         study.rows,
         run.upper_sets(),
         proxy=run.root / "warmup" / "proxy",
-        target=run.root / target_folder("bliss", 0),
+        target=run.root / WARM_TARGET,
         scratch=scratch,
         pad_id=run.pad_id,
         seed=seed,

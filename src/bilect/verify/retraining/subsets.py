@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from bilect.config import Config
 from bilect.errors import BilectError
-from bilect.pipeline.context import RunContext, target_folder
+from bilect.pipeline.context import WARM_TARGET, RunContext
 from bilect.pipeline.directory import read_manifest, stage_key
 from bilect.runtime.progress import SilentProgress
 from bilect.runtime.seeds import derive_seed
@@ -86,7 +86,7 @@ class Study:
 
 def warm(study: Study) -> dict[str, Any]:
     """Losses of the warm target itself."""
-    return study.losses(study.run.load(target_folder("bliss", 0)))
+    return study.losses(study.run.load(WARM_TARGET))
 
 
 def retrained(study: Study, j: int, repeat: int) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def retrained(study: Study, j: int, repeat: int) -> dict[str, Any]:
         BilectError: a loss is not a number.
     """
     start, run, settings = time.perf_counter(), study.run, study.config.training
-    before = target_folder("bliss", 0)
+    before = WARM_TARGET
     model, seed = run.load(before), derive_seed(study.config.seed, "retrain", repeat)
     common: dict[str, Any] = {
         "context": study.config.data.context, "device": run.device,

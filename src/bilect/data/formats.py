@@ -1,0 +1,171 @@
+"""Formats of files, told by the end of their names in any case, and the records in them as they stand there.
+
+``.jsonl`` and ``.ndjson`` hold one JSON object a line. ``.json`` holds the same, or one array of objects, or objects
+one after another over several lines: its start tells. ``.txt`` is one document. All of these may be packed.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import fsspec
+import zstandard
+
+__all__ = ["READ", "Format", "Layout", "format_of", "layout", "parquet_batches", "raw_records", "whole"]
+
+READ = ".jsonl, .ndjson, .json, .txt (each also .gz, .zst, .bz2, .xz), .parquet"
+Kind = Literal["lines", "json", "parquet", "text"]
+Layout = Literal["lines", "array", "values"]  # of JSON: an object a line, one array, or objects one after another
+
+_KINDS: dict[str, Kind] = {".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".txt": "text"}
+_PACKINGS = {"": None, ".gz": "gzip", ".zst": None, ".bz2": "bz2", ".xz": "xz"}  # what fsspec calls them
+_BLOCK = 1 << 20
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a file is.
+
+    Attributes:
+        kind: how records lie in it.
+        packing: suffix of its compression, in lower case; empty for none.
+    """
+
+    kind: Kind
+    packing: str = ""
+
+
+def format_of(path: str) -> Format | None:
+    """The format of a file; None for one that is not read."""
+    name = path.lower()
+    if name.endswith(".parquet"):
+        return Format("parquet")
+    packing = next((p for p in _PACKINGS if p and name.endswith(p)), "")
+    kind = next((k for suffix, k in _KINDS.items() if name.removesuffix(packing).endswith(suffix)), None)
+    return None if kind is None else Format(kind, packing)
+
+
+def raw_records(url: str, form: Format) -> Iterator[bytes]:
+    """The records of a file of JSON in order: lines with their ends, blank ones too, or the text of each value.
+
+    Raises:
+        Exception: whatever the library of the format raises where the file cannot be read to its end.
+    """
+    blocks = _blocks(url, form)
+    if form.kind == "json":
+        found, blocks = _layout(blocks)
+        if found != "lines":
+            return _values(blocks)
+    return _lines(blocks)
+
+
+def layout(url: str, form: Format) -> Layout:
+    """How records lie in a file of JSON."""
+    return "lines" if form.kind == "lines" else _layout(_blocks(url, form))[0]
+
+
+def whole(url: str, form: Format) -> bytes:
+    """All that a packed or plain file holds."""
+    return b"".join(_blocks(url, form))
+
+
+def parquet_batches(url: str, columns: Sequence[str] | None = None, size: int = 1000) -> Iterator[Any]:
+    """Record batches of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    with fsspec.open(url, "rb") as file:
+        yield from pq.ParquetFile(file).iter_batches(batch_size=size, columns=columns)
+
+
+def _blocks(url: str, form: Format) -> Iterator[bytes]:
+    with fsspec.open(url, "rb", compression=_PACKINGS[form.packing]) as file:
+        blocks = iter(lambda: file.read(_BLOCK), b"")
+        yield from _unpacked(blocks) if form.packing == ".zst" else blocks
+
+
+def _unpacked(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """What a .zst file of any number of frames holds; a file that was cut off is an error, not a short file."""
+    decoder = None
+    for block in blocks:
+        while block:
+            if decoder is None or decoder.eof:
+                decoder = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            yield decoder.decompress(block)
+            block = decoder.unused_data if decoder.eof else b""
+    if decoder is not None and not decoder.eof:
+        raise EOFError("the archive is cut off")
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    tail = b""
+    for block in blocks:
+        lines = (tail + block).split(b"\n")
+        tail = lines.pop()
+        for line in lines:
+            yield line + b"\n"
+    if tail:
+        yield tail
+
+
+def _layout(blocks: Iterator[bytes]) -> tuple[Layout, Iterator[bytes]]:
+    """The layout, and the blocks from the first one on again."""
+    head = b""
+    for block in blocks:
+        head += block
+        start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+        if start.startswith(b"[") or b"\n" in start:
+            break
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    found: Layout = "lines"
+    if start.startswith(b"["):
+        found = "array"
+    elif start.startswith(b"{"):
+        try:
+            json.loads(start.split(b"\n", 1)[0])
+        except (ValueError, RecursionError):
+            found = "values"
+    return found, chain([head], blocks)
+
+
+def _values(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The text of each element of an array, or of each of several values; a few blocks are in memory at a time."""
+    decode, scan = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
+    text, at, array, ended = "", 0, False, False
+
+    def more(least: int) -> None:
+        nonlocal text, at, ended
+        text, at = text[at:], 0
+        while not ended and len(text) < least:
+            block = next(blocks, b"")
+            text, ended = text + decode(block, not block), not block
+
+    more(1)
+    at = len(text) - len(text.lstrip())
+    if text.startswith("[", at):
+        array, at = True, at + 1
+    while True:
+        match = _BETWEEN.match(text, at)
+        at = match.end() if match else at
+        if array and text.startswith("]", at):
+            if text[at + 1 :].strip():
+                raise ValueError("not valid JSON: something follows the array")
+            return
+        try:
+            _, end = scan(text, at)
+        except (ValueError, RecursionError) as error:
+            if ended and (array or at < len(text)):
+                raise ValueError(f"not valid JSON ({getattr(error, 'msg', type(error).__name__)})") from error
+            end = len(text)
+        else:
+            if end < len(text) or ended:
+                yield text[at:end].encode()
+                at = end
+                continue
+        if ended:
+            return
+        more(2 * (len(text) - at) + 1)
