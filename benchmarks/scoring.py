@@ -5,6 +5,9 @@ process. End to end is what ``bilect score RUN --data FILES`` does: read compres
 score, write Parquet. The bare part finds its batches in memory. Peak memory is that of fresh processes that score one
 and four megabytes by a tiny model, which gets through more text in the time.
 
+Then the scores that need no score model, influence and excess, in units of a bare forward pass of the proxy with its
+losses over batches in memory; reading, padding and putting in order count on their side alone.
+
     python benchmarks/scoring.py
     python benchmarks/scoring.py --model pythia-160m --megabytes 40 --context 1024 --bf16      # a GPU
 """
@@ -20,6 +23,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +31,17 @@ import zstandard
 from rich.console import Console
 from rich.table import Table
 
+from bilect.bilevel.objective import document_losses
 from bilect.config import SourceConfig
 from bilect.data.batch import Batch, make_batch
 from bilect.data.loading import length_bucketed
 from bilect.data.sources import inputs
 from bilect.data.token_files import TokenFiles
 from bilect.data.tokens import TokenStore
+from bilect.methods.contract import Inputs
+from bilect.methods.excess import Excess
+from bilect.methods.influence import Influence, InfluenceConfig
+from bilect.models.causal_lm import CausalLM
 from bilect.models.loading import load_causal_lm, load_tokenizer, train_tokenizer
 from bilect.models.score_model import ScoreModel
 from bilect.runtime.device import autocast, pick_device
@@ -56,6 +65,7 @@ def main() -> None:
         texts = [json.loads(line)["text"] for line in lines(work / "text" / "0.jsonl.zst")[:500]]
         train_tokenizer(texts, args.vocabulary).save_pretrained(work / "tokenizer")
         seconds, tokens = in_turn(args, work)
+        passes = direct(args, work)
         peaks = {}
         for share in (1, 4):
             make_corpus(work / f"text-{share}", share)
@@ -71,7 +81,10 @@ def main() -> None:
     console.print(table)
     console.print(f"throughput end to end: {ratio:.3f} of the bare forward passes")
     console.print(f"peak memory: {peaks[1] / 2**20:.0f} MiB for one megabyte, {growth:+.0f} MiB for four")
-    print(json.dumps({"throughput_ratio": round(ratio, 4), "memory_growth_mib": round(growth, 1)}))
+    for name, value in passes.items():
+        console.print(f"{name}: {value:.2f} forward passes of the proxy")
+    rounded = {name: round(value, 3) for name, value in passes.items()}
+    print(json.dumps({"throughput_ratio": round(ratio, 4), "memory_growth_mib": round(growth, 1), "passes": rounded}))
 
 
 def parse_args() -> argparse.Namespace:
@@ -138,6 +151,43 @@ def in_turn(args: argparse.Namespace, work: Path) -> tuple[dict[str, float], int
         seconds["end to end"].append(clock(lambda out=out: end_to_end(args, work, "text", scorer, out)))
     seconds["bare"].append(clock(lambda: forward(scorer, batches, args.bf16)))
     return {name: statistics.median(values) for name, values in seconds.items()}, int(store.length_R.sum())
+
+
+def direct(args: argparse.Namespace, work: Path) -> dict[str, float]:
+    """Cost of influence, each way, and of excess; medians of turns in one process, over that of a bare pass."""
+    store = tokenise(args, work, "text", work / "first")
+    rows, pad = np.arange(len(store)), load_tokenizer(str(work / "tokenizer")).eos_token_id
+    device = pick_device(args.device)
+    model = load_causal_lm(args.model, vocab_size=args.vocabulary, context=args.context)
+    model.save_pretrained(work / "proxy")
+    given = {"proxy": work / "proxy", "scratch": work / "fit", "pad_id": pad, "seed": 0, "device": device}
+    inputs = Inputs(store, rows, [], **given, batch_tokens=args.batch_tokens)
+    lm, params = CausalLM(inputs.warm_proxy), {k: p.detach() for k, p in inputs.warm_proxy.named_parameters()}
+    batches = [
+        make_batch(store.rows(some), pad).to(device)
+        for some in length_bucketed(store.length_R, rows, args.batch_tokens)
+    ]
+
+    @torch.no_grad()
+    def bare() -> None:
+        for batch in batches:
+            document_losses(lm, batch)(params)
+
+    actions: dict[str, Any] = {"bare": bare}
+    for way in ("finite_difference", "jvp", "ghost"):
+        influence = Influence(InfluenceConfig(directional=way))
+        influence.inputs, influence.pairs = inputs, [(params, params)]
+        actions[f"influence, {way}"] = partial(influence.score, store, rows)
+    excess = Excess()
+    excess.inputs, excess.base, excess.reference = inputs, inputs.warm_proxy, inputs.warm_proxy
+    actions["excess"] = partial(excess.score, store, rows)
+    bare()  # the first passes are slower
+    seconds = {name: list[float]() for name in actions}
+    for _ in range(max(args.repeats, 3)):
+        for name, action in actions.items():
+            seconds[name].append(clock(action))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: value / median["bare"] for name, value in median.items() if name != "bare"}
 
 
 def clock(action) -> float:

@@ -28,6 +28,8 @@ _FIT = {"lower_batch_size": 12, "upper_batch_size": 12, "proxy_learning_rate": 1
 SETTINGS: dict[str, dict[str, Any]] = {
     "bliss": {**_FIT, "steps": 40},
     "bliss-penalty": {**_FIT, "steps": 30},
+    "amortised": {"of": "excess", "settings": {"steps": 40, "learning_rate": 3e-3}, "labels": 200, "epochs": 6},
+    "excess": {"steps": 40, "learning_rate": 3e-3},
     "mates": {"probes": 80, "upper_documents": 16, "regression_epochs": 8, "regression_learning_rate": 3e-3,
               "learning_rate": 5e-3},
     "tandem": {"steps": 40, "weight_learning_rate": 3.0},
@@ -35,6 +37,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 SHORT: dict[str, dict[str, Any]] = {
     "bliss": {**_FIT, "steps": 6},
     "bliss-penalty": {**_FIT, "steps": 6, "sync_every": 3, "reference_steps": 2},
+    "amortised": {"of": "excess", "settings": {"steps": 2}, "labels": 40, "epochs": 2},
+    "excess": {"steps": 6, "control": "pool"},
+    "influence": {"steps": 3, "checkpoints": 2, "upper_documents": 20},
     "mates": {"probes": 12, "upper_documents": 4, "regression_epochs": 1},
     "tandem": {"steps": 6},
 }

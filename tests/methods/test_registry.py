@@ -10,7 +10,10 @@ from bilect import methods
 from bilect.errors import BilectError
 from bilect.methods.contract import DocumentMethod, TokenMethod
 
-DOCUMENTS = {"bliss", "bliss-penalty", "dsir", "full", "less", "mates", "perplexity", "random", "tandem"}
+DOCUMENTS = {
+    "amortised", "bliss", "bliss-penalty", "dsir", "excess", "full", "influence", "less", "mates", "perplexity",
+    "random", "tandem",
+}  # fmt: skip
 TOKENS = {"blade", "full", "random-token", "rho1"}
 
 

@@ -8,7 +8,7 @@ import torch
 
 from bilect.bilevel.offline.twins import Twins
 from bilect.functional import linear_solve
-from bilect.verify import exact, implicit, penalty, practice, problems, selections
+from bilect.verify import direct, exact, implicit, penalty, practice, problems, selections
 from bilect.verify.claims import Claim, log_slope
 from bilect.verify.problems import F64, Problem
 
@@ -164,3 +164,25 @@ def test_frank_wolfe_that_forgets_or_climbs_misses_its_claims(monkeypatch) -> No
     monkeypatch.setattr(selections.Penalised, "values", lambda self, lam: -self.solved.d_N)
     texts = missed(selections.check_selections([selections.study(problem, 3, 12)]))
     assert len(texts) == 2 and all("penalty" in t for t in texts)
+
+
+# --------------------------------------------------------------------------------------------------- influence, excess
+
+
+def test_wrong_scores_miss_their_claims(problem: Problem, solved: exact.Solved, monkeypatch) -> None:
+    assert missed(direct.check_direct(problem, solved)) == []
+    monkeypatch.setattr(direct, "directional_finite_difference", lambda losses, params, z: solved.d_N * (1 + 2e-6))
+    (text,) = missed(direct.check_direct(problem, solved))
+    assert "influence with the exact z" in text
+    monkeypatch.undo()
+    excess = direct._excess
+    monkeypatch.setattr(direct, "_excess", lambda *a: -excess(*a))  # keeps what should go
+    (text,) = missed(direct.check_direct(problem, solved))
+    assert "slope of log error" in text
+
+
+def test_excess_after_one_step_of_adam_is_a_step_along_the_sign(problem: Problem, solved: exact.Solved) -> None:
+    w = {k: v - 1e-2 * exact.gradient(problem.upper, solved.params)[k].sign() for k, v in solved.params.items()}
+    with torch.no_grad():
+        expected = problem.losses(solved.params) - problem.losses(w)
+    assert torch.allclose(direct.excess_after(problem, solved.params, 1), expected, atol=1e-6)

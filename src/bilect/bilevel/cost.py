@@ -35,7 +35,8 @@ def fit_flops(
     upper = forward_flops(proxy, upper_tokens, upper_length)
     score = forward_flops(score_model, lower_tokens, lower_length)
     kl = forward_flops(target, lower_tokens, lower_length) if target is not None and config.kl_coef else 0.0
-    step = kl + 3 * score + 3 * lower * config.inner_steps
+    seen = 1 + (config.replays if config.learn == "regression" else 0)
+    step = kl + 3 * score * seen + 3 * lower * config.inner_steps
     if config.hypergradient == "implicit":
         products: float = 0 if config.solver in ("identity", "adam") else config.solver_steps
         products += 1 / config.log_every if config.solver != "cg" else 0  # the residual that is logged

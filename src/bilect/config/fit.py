@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from bilect.config.base import Fraction, NonNegative, Positive, PositiveFloat, Settings
 
@@ -33,6 +33,10 @@ class FitConfig(Settings):
         "target_to_proxy", description="as in the released code; the paper prints the other"
     )
     l2_coef: NonNegative = Field(1e-7, description="paper: 1e-7")
+    learn: Literal["policy", "regression"] = Field(
+        "policy", description="scores follow the policy gradient (paper), or predict d; regression wants a linear head"
+    )
+    replays: NonNegativeInt = Field(4, description="earlier batches that each step of the regression sees again")
     hypergradient: Literal["implicit", "penalty"] = Field(
         "implicit", description="through a linear solve (paper), or from two first-order models (BLADE)"
     )

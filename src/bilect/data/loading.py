@@ -44,9 +44,14 @@ class BatchStream(Iterator[Batch]):
         device: where the batches are put.
         weight_R: how often a pass has each row of the store, see ``one_pass``.
 
+    Attributes:
+        drawn: rows of the latest global batch.
+
     Raises:
         BilectError: nothing to draw from.
     """
+
+    drawn: np.ndarray
 
     def __init__(
         self,
@@ -68,8 +73,12 @@ class BatchStream(Iterator[Batch]):
     def __next__(self) -> Batch:
         while len(self._queue) < self.batch_size:
             self._queue = np.concatenate([self._queue, one_pass(self.rows, self.weight_R, self._generator)])
-        batch, self._queue = self._queue[: self.batch_size], self._queue[self.batch_size :]
-        return make_batch(self.store.rows(np.asarray(own_part(batch.tolist()))), self.pad_id).to(self.device)
+        self.drawn, self._queue = self._queue[: self.batch_size], self._queue[self.batch_size :]
+        return self.batch(self.drawn)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """This rank's part of a global batch of these rows: the one of ``drawn`` again, for example."""
+        return make_batch(self.store.rows(np.asarray(own_part(rows.tolist()))), self.pad_id).to(self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, the same on every rank."""
@@ -94,6 +103,7 @@ class SetStream(Iterator[Batch]):
         pad_id: padding token.
         seed: of the shuffles; equal on all ranks.
         device: where the batches are put.
+        rows: documents of each set; None: all.
 
     Raises:
         BilectError: a batch has no room for every set.
@@ -107,6 +117,7 @@ class SetStream(Iterator[Batch]):
         pad_id: int,
         seed: int,
         device: torch.device,
+        rows: Sequence[np.ndarray] | None = None,
     ) -> None:
         least = world_size() if len(stores) > 1 else 1
         if batch_size < least * len(stores):
@@ -114,9 +125,10 @@ class SetStream(Iterator[Batch]):
                               f"on {world_size()} ranks")  # fmt: skip
         sizes = _parts(batch_size, weights, least)
         self.pad_id = pad_id
+        rows = [np.arange(len(store)) for store in stores] if rows is None else rows
         self._streams = [
-            BatchStream(store, np.arange(len(store)), min(size, max(len(store), least)), pad_id, seed + number, device)
-            for number, (store, size) in enumerate(zip(stores, sizes, strict=True))
+            BatchStream(store, own, min(size, max(len(own), least)), pad_id, seed + number, device)
+            for number, (store, own, size) in enumerate(zip(stores, rows, sizes, strict=True))
         ]
 
     def __next__(self) -> Batch:

@@ -10,6 +10,7 @@ __all__ = [
     "document_weights",
     "effective_sample_size",
     "gumbel_topk",
+    "robust_standardise",
     "standardise",
     "topk_mask",
     "weight_entropy",
@@ -52,6 +53,18 @@ def standardise(value_M: Tensor) -> Tensor:
     floor = torch.finfo(value_M.dtype).eps * value_M.abs().max().clamp(min=torch.finfo(value_M.dtype).tiny)
     # written so that a NaN stays one: a diverged solve must show
     return torch.where(deviation <= floor, torch.zeros_like(centred), centred / deviation.clamp(min=floor))
+
+
+def robust_standardise(value_M: Tensor, limit: float = 4.0) -> Tensor:
+    """``(x - median) / (1.4826 median |x - median|)``, cut at ``+-limit``: labels whose tails do not rule a regression.
+
+    For normal values the denominator is the deviation. Where more than half of the values are equal it would be zero;
+    the deviation takes its place.
+    """
+    centred = value_M - value_M.median()
+    spread = 1.4826 * centred.abs().median()
+    scaled = standardise(value_M) if float(spread) == 0 else centred / spread
+    return scaled.clamp(-limit, limit)
 
 
 def topk_mask(value_N: Tensor, k: int) -> Tensor:

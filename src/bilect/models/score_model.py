@@ -78,7 +78,11 @@ class ScoreModel(PreTrainedModel):
 
     @classmethod
     def from_causal_lm(
-        cls, model: PreTrainedModel, generator: torch.Generator, head: Literal["sigmoid", "linear"] = "sigmoid"
+        cls,
+        model: PreTrainedModel,
+        generator: torch.Generator,
+        head: Literal["sigmoid", "linear"] = "sigmoid",
+        layers: int | None = None,
     ) -> "ScoreModel":
         """A score model whose trunk starts from ``model``'s (the warmed-up proxy); the linear layer is drawn anew.
 
@@ -86,11 +90,19 @@ class ScoreModel(PreTrainedModel):
             model: a causal LM.
             generator: for the linear layer.
             head: see ``ScoreModelConfig``.
+            layers: how many of the trunk's blocks are kept, the first ones; None: all.
         """
         trunk = getattr(model, model.base_model_prefix)
-        config = {k: v for k, v in trunk.config.to_dict().items() if k not in ("architectures", "transformers_version")}
+        trunk_config = copy.deepcopy(trunk.config)
+        text_config = trunk_config.get_text_config()
+        if layers is not None and layers < text_config.num_hidden_layers:
+            text_config.num_hidden_layers = layers
+            if getattr(text_config, "layer_types", None):  # models whose blocks differ
+                text_config.layer_types = text_config.layer_types[:layers]
+        config = {k: v for k, v in trunk_config.to_dict().items() if k not in ("architectures", "transformers_version")}
         score_model = cls(ScoreModelConfig(trunk=config, head=head))
-        score_model.trunk.load_state_dict(copy.deepcopy(trunk.state_dict()))
+        state = trunk.state_dict()
+        score_model.trunk.load_state_dict({name: state[name].clone() for name in score_model.trunk.state_dict()})
         with torch.no_grad():
             score_model.linear.weight.normal_(std=0.02, generator=generator)
             score_model.linear.bias.zero_()

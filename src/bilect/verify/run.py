@@ -14,7 +14,7 @@ from rich.text import Text
 from bilect import __version__
 from bilect.runtime.files import make_folder, write_json, write_text
 from bilect.runtime.terminal import PlainConsole
-from bilect.verify import implicit, penalty, practice, selections
+from bilect.verify import direct, implicit, penalty, practice, selections
 from bilect.verify.claims import Claim, Reported
 from bilect.verify.exact import solve
 from bilect.verify.page import render
@@ -130,7 +130,7 @@ def _estimators(problem: Problem, sizes: Sizes, figures: dict[str, Any], found: 
     found += [*implicit.check_oracle(problem, solved), *implicit.check_solvers(rows, solved, problem.convex)]
     rows = penalty.sweep(problem, solved)
     figures["penalty"] += rows
-    found += penalty.check_penalty(rows)
+    found += [*penalty.check_penalty(rows), *direct.check_direct(problem, solved)]
     if problem.name == "ridge":
         return  # of the two convex problems one is enough for what follows
     converged = practice.Warm(solved.params, problem.tree(implicit.adam_second_moment(solved)))

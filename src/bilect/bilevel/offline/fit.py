@@ -1,7 +1,11 @@
 """BLISS: fit a score model so that training on what it weighs up lowers the upper loss. One call is one bilevel step.
 
     lower:  theta_p <- AdamW on g = sum_i P_i l_i + kl_coef KL + l2_coef ||theta_p||^2,   P = softmax of the scores
-    upper:  theta_s <- AdamW on dPhi/dtheta_s = - sum_i P_i (d_i - dbar) ds_i/dtheta_s
+    upper:  theta_s <- AdamW on dPhi/dtheta_s = - sum_i P_i (d_i - dbar) ds_i/dtheta_s                (learn: policy)
+            theta_s <- AdamW on the mean Huber loss of s_i - y_i, here and on earlier batches     (learn: regression)
+
+The policy gradient is the paper's. Regression (ours) has the scores predict the labels y, which are d brought to median
+0 and a robust deviation of 1 within their batch, without far tails; batches are kept, and seen many times.
 
 d comes from the implicit or the penalty hypergradient, see ``bilect.functional.hypergradient``. BLISS, arXiv
 2510.06048, algorithm 1. Across ranks only the scores and the d's are gathered, next to the usual gradient sums.
@@ -10,7 +14,9 @@ d comes from the implicit or the penalty hypergradient, see ``bilect.functional.
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
@@ -27,17 +33,21 @@ from bilect.bilevel.objective import (
 from bilect.bilevel.offline.twins import Twins
 from bilect.config import FitConfig
 from bilect.data.batch import Batch
+from bilect.data.loading import BatchStream
+from bilect.errors import BilectError
 from bilect.functional import linear_solve
 from bilect.functional.hypergradient import penalty_values, score_gradient
 from bilect.functional.linear_solve import Solution, relative_residual
 from bilect.functional.trees import Tree
-from bilect.functional.weights import document_weights, effective_sample_size, weight_entropy
+from bilect.functional.weights import document_weights, effective_sample_size, robust_standardise, weight_entropy
 from bilect.models.causal_lm import CausalLM
 from bilect.models.score_model import ScoreModel
 from bilect.runtime import distributed
 from bilect.runtime.device import autocast
 
 __all__ = ["BilevelFit"]
+
+KEPT_BATCHES = 512  # whose labels regression sees again
 
 
 class BilevelFit:
@@ -47,10 +57,13 @@ class BilevelFit:
         proxy: lower variable; trained in place.
         score_model: upper variable; trained in place.
         target: the frozen target model, or None without divergence; with ``config.bf16`` it is cast in place.
-        lower: endless lower batches (this rank's part of each).
+        lower: endless lower batches (this rank's part of each); regression draws some again, from a ``BatchStream``.
         upper: endless upper batches (this rank's part of each).
         config: every choice.
         upper_sets: name and weight of each upper set, where the upper batches hold several (``Batch.set_B``).
+
+    Raises:
+        BilectError: a regression of scores that are bounded.
     """
 
     def __init__(
@@ -63,6 +76,8 @@ class BilevelFit:
         config: FitConfig,
         upper_sets: Mapping[str, float] | None = None,
     ) -> None:
+        if config.learn == "regression" and score_model.config.head != "linear":
+            raise BilectError("fit.learn: the labels of a regression are not bounded; set models.score_head=linear")
         self.config = config
         self.proxy = CausalLM(proxy)
         self.score_model = score_model.eval()  # no dropout: a score is a function of the document
@@ -84,6 +99,7 @@ class BilevelFit:
             get_cosine_schedule_with_warmup(optimizer, int(config.warmup_ratio * config.steps), config.steps)
             for optimizer in (self.proxy_optimizer, self.score_optimizer)
         ]
+        self.kept: list[tuple[list[int], Tensor]] = []  # rows and labels of global batches, for regression
         self.twins: Twins | None = None
         self.hessian_norm: float | None = None  # where the solver's settings follow from it
         self.steps_done = 0
@@ -106,8 +122,12 @@ class BilevelFit:
         else:
             d_B, more = self._penalty(batch)
         d_M, _ = distributed.gather_rows(d_B.to(score_M.dtype))
-        gradient_M, _ = score_gradient(score_M, d_M, config.weighting, config.standardise)
-        self._score_step(score_B, gradient_M[own])
+        if config.learn == "policy":
+            gradient_M, _ = score_gradient(score_M, d_M, config.weighting, config.standardise)
+            score_B.backward(gradient_M[own])
+        else:
+            self._regress(score_B, robust_standardise(d_M), own)
+        self._score_step()
 
         self.steps_done += 1
         return {
@@ -121,6 +141,7 @@ class BilevelFit:
             "score_min": float(score_M.min()),
             "score_max": float(score_M.max()),
             "d_std": float(d_M.std(correction=0)),
+            "label_correlation": _rank_correlation(score_M, d_M),  # of labels that the scores have not learned from yet
             "learning_rate": self.schedules[1].get_last_lr()[0],
         }
 
@@ -133,6 +154,7 @@ class BilevelFit:
             "schedules": [x.state_dict() for x in self.schedules],
             "twins": None if self.twins is None else vars(self.twins),
             "hessian_norm": self.hessian_norm,
+            "kept": self.kept,
             "steps_done": self.steps_done,
         }
 
@@ -146,6 +168,7 @@ class BilevelFit:
             schedule.load_state_dict(own)
         self.twins = None if state["twins"] is None else Twins(**state["twins"])
         self.hessian_norm = state["hessian_norm"]
+        self.kept = list(state["kept"])
         self.steps_done = state["steps_done"]
 
     def _scores(self, batch: Batch) -> Tensor:
@@ -271,8 +294,16 @@ class BilevelFit:
         weight_B = document_weights(score_M, self.config.weighting)[own]
         return self._lower(batch, weight_B), self._upper()
 
-    def _score_step(self, score_B: Tensor, gradient_B: Tensor) -> None:
-        score_B.backward(gradient_B)
+    def _regress(self, score_B: Tensor, label_M: Tensor, own: slice) -> None:
+        """Backward passes of the regression on this batch and ``replays`` earlier ones, each with the same weight."""
+        lower = cast(BatchStream, self.lower)
+        seen = np.random.default_rng(self.steps_done).permutation(len(self.kept))[: self.config.replays]
+        _huber(score_B, label_M, own, 1 + len(seen)).backward()
+        for rows, labels in (self.kept[k] for k in seen):
+            _huber(self._scores(lower.batch(np.array(rows))), labels, own, 1 + len(seen)).backward()
+        self.kept = [*self.kept, (lower.drawn.tolist(), label_M)][-KEPT_BATCHES:]
+
+    def _score_step(self) -> None:
         gradients = {k: p.grad for k, p in self.score_model.named_parameters() if p.grad is not None}
         for k, gradient in distributed.sum_tree(gradients).items():
             gradients[k].copy_(gradient)
@@ -281,3 +312,15 @@ class BilevelFit:
         self.score_optimizer.zero_grad(set_to_none=True)
         for schedule in self.schedules:
             schedule.step()
+
+
+def _huber(score_B: Tensor, label_M: Tensor, own: slice, batches: int) -> Tensor:
+    """This rank's part of the mean Huber loss, over the documents of several global batches of one size."""
+    total = torch.nn.functional.huber_loss(score_B, label_M[own].to(score_B.dtype), reduction="sum")
+    return total / (len(label_M) * batches)
+
+
+def _rank_correlation(a_M: Tensor, b_M: Tensor) -> float | None:
+    """Spearman's; None where one of both is constant."""
+    a, b = a_M.double().cpu().numpy(), b_M.double().cpu().numpy()
+    return float(spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else None

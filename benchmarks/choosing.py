@@ -1,0 +1,192 @@
+"""Ways to choose documents on one set of warm models: many settings, several targets, at little cost.
+
+Each RUN is a directory that ``bilect warmup`` has filled, all of one config but for the seed. Its target sets serve as
+upper data in turn. Every cell (seed, target, variant) fits a method, scores the first round's shard, keeps the top by
+the run's rules and trains the warm target on it as a run does; it is a JSON file in OUT, and is not made again.
+
+    python benchmarks/choosing.py --study study.yaml --out OUT RUN [RUN ...]
+    python benchmarks/choosing.py --study study.yaml --out OUT --table
+
+The study:
+
+    targets: {math: {upper: [math], heldout: math}, lambada-text: {upper: [lambada_text], heldout: lambada}}
+    variants: {random: {}, dsir: {method: dsir, settings: {length: mean}}}
+    against: dsir
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from scipy.stats import t
+from transformers.utils import logging
+
+from bilect import methods
+from bilect.config import load_config
+from bilect.methods.contract import Inputs
+from bilect.pipeline.context import RunContext
+from bilect.pipeline.training import _rows_of
+from bilect.runtime.files import write_json
+from bilect.runtime.progress import SilentProgress
+from bilect.runtime.seeds import derive_seed
+from bilect.selection.records import kept_ids
+from bilect.selection.scoring import write_scores
+from bilect.selection.select import select
+from bilect.training import evaluation
+from bilect.training.train import train
+
+
+def main() -> None:
+    args = parse_args()
+    study = yaml.safe_load(args.study.read_text(encoding="utf-8"))
+    if not args.table:
+        torch.set_num_threads(1)
+        logging.disable_progress_bar()
+        for folder in args.runs:
+            run = RunContext(folder.resolve(), load_config(folder / "config.yaml"), SilentProgress())
+            for target, sets in study["targets"].items():
+                for name, variant in study["variants"].items():
+                    if target in variant.get("targets", [target]):
+                        cell(run, args.out, target, sets, name, variant)
+    table(args.out, study)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
+    parser.add_argument("--study", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", action="store_true", help="of what is there; carry out nothing")
+    return parser.parse_args()
+
+
+def path_of(out: Path, seed: int, target: str, name: str) -> Path:
+    return out / target / name / f"seed-{seed}.json"
+
+
+def cell(run: RunContext, out: Path, target: str, sets: dict[str, Any], name: str, variant: dict[str, Any]) -> None:
+    path = path_of(out, run.config.seed, target, name)
+    if name == "random" or not variant.get("method"):  # random is the same for all targets
+        path = path_of(out, run.config.seed, "any", name)
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started, pool = time.process_time(), run.pool()
+    figures: dict[str, Any] = {}
+    if name == "warm":
+        model = run.load(run.evaluated("warmup/target"))
+    else:
+        if not variant.get("method"):
+            rows = _rows_of(run, name, 1, pool)
+        else:
+            rows, figures = chosen(run, path, sets["upper"], variant)
+        figures["choosing_seconds"] = time.process_time() - started
+        model = trained(run, rows)
+        figures |= {"documents": len(rows), "sources": shares(pool.sources(rows))}
+    losses = {
+        k: evaluation.evaluate(model, s, run.pad_id, run.config.score_batch_tokens).loss
+        for k, s in run.heldout_sets().items()
+    }
+    write_json(path, {"losses": losses, **figures, "variant": variant, "seconds": time.process_time() - started})
+    print(f"{path.relative_to(out)}: {losses[sets['heldout']]:.4f} ({time.process_time() - started:.0f} s)", flush=True)
+
+
+def chosen(run: RunContext, path: Path, upper: list[str], variant: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Rows kept, and the figures of the fit; scores go beside ``path``."""
+    pool, config = run.pool(), run.config
+    rows, method = run.shard(1, len(pool)), methods.make_for(config, variant["method"], variant.get("settings"))
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        inputs = Inputs(
+            pool,
+            rows,
+            [s for s in run.upper_sets() if s[0] in upper],
+            proxy=run.root / "warmup" / "proxy",
+            target=run.root / "warmup" / "target",
+            scratch=work / "fit",
+            pad_id=run.pad_id,
+            seed=derive_seed(config.seed, "method", variant["method"], 1),
+            device=run.device,
+            batch_tokens=config.score_batch_tokens,
+            checkpoint_every=10**6,
+        )
+        with run.progress.task("fit") as task:
+            figures = method.fit(inputs, task)
+        saved: dict[int, float] = {}
+
+        def score(some: np.ndarray) -> np.ndarray:
+            scores = method.score(pool, some)
+            saved.update(zip(some.tolist(), scores.tolist(), strict=True))
+            return scores
+
+        write_scores(score, pool, rows, work / "scores")
+        select(work / "scores", work / "selected", config.selection, seed=derive_seed(config.seed, "select", 1))
+        ids = set(kept_ids(work / "selected"))
+    np.save(path.with_suffix(".npy"), np.array([saved[int(r)] for r in rows]))
+    flops = figures["flops"] + method.score_flops(pool, rows)
+    kept = np.array([r for r, d in zip(rows, pool.doc_ids(rows), strict=True) if d in ids])
+    return kept, {**figures, "flops": flops}
+
+
+def trained(run: RunContext, rows: np.ndarray) -> Any:
+    """The warm target trained on rows as an arm of a run, decay branch included."""
+    before, config, seed = run.root / "warmup" / "target", run.config.training, derive_seed(run.config.seed, "train", 1)
+    model, pool = run.load("warmup/target"), run.pool()
+    common: dict[str, Any] = {"context": run.config.data.context, "device": run.device, "checkpoint_every": 10**6}
+    with tempfile.TemporaryDirectory() as name, run.progress.task("train") as task:
+        train(model, pool, rows, Path(name), config, seed=seed, task=task, start_from=before, **common)
+        if config.decay_steps:
+            train(model, pool, rows, Path(name), config, seed=seed + 1, task=task, start_from=Path(name), decay=True,
+                  **common)  # fmt: skip
+    return model
+
+
+def shares(sources: list[str]) -> dict[str, int]:
+    names, counts = np.unique(sources, return_counts=True)
+    return dict(zip(names.tolist(), counts.tolist(), strict=True))
+
+
+def table(out: Path, study: dict[str, Any]) -> None:
+    summary: dict[str, Any] = {}
+    for target, sets in study["targets"].items():
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for name in study["variants"]:
+            for folder in (out / target / name, out / "any" / name):
+                for file in sorted(folder.glob("seed-*.json")):
+                    found.setdefault(name, {})[int(file.stem[5:])] = json.loads(file.read_text(encoding="utf-8"))
+        loss = {n: {s: c["losses"][sets["heldout"]] for s, c in cells.items()} for n, cells in found.items()}
+        print(f"\n{target:34s} {'loss':>7s} {'n':>2s}  {'minus random':>15s}  {'minus ' + study['against']:>15s}"
+              f"  {'stable':>6s} {'corr':>5s} {'TFLOP':>6s} {'s':>4s}")  # fmt: skip
+        for name in sorted(loss, key=lambda n: np.mean(list(loss[n].values()))):
+            cells, own = found[name], loss[name]
+            line = f"{name:34s} {np.mean(list(own.values())):7.3f} {len(own):2d}"
+            row = {"loss": float(np.mean(list(own.values()))), "seeds": len(own)}
+            for base in ("random", study["against"]):
+                difference, half = paired(own, loss.get(base, {}))
+                line += f"  {difference:+.3f} ± {half:5.3f}"
+                row[f"minus {base}"] = [difference, half]
+            corr = [c["label_correlation"] for c in cells.values() if c.get("label_correlation") is not None]
+            flops = [c["flops"] / 1e12 for c in cells.values() if "flops" in c]
+            seconds = [c.get("choosing_seconds", 0) for c in cells.values()]
+            line += f"  {'':6s} {np.mean(corr) if corr else np.nan:5.2f} {np.mean(flops) if flops else 0:6.2f}"
+            print(f"{line} {np.mean(seconds):4.0f}")
+            summary.setdefault(target, {})[name] = row
+    print(json.dumps(summary))
+
+
+def paired(a: dict[int, float], b: dict[int, float]) -> tuple[float, float]:
+    """Mean difference over common seeds, and half of its 95% interval (Student)."""
+    d = np.array([a[s] - b[s] for s in a if s in b])
+    if len(d) < 2:
+        return (float(d.mean()) if len(d) else float("nan")), float("nan")
+    return float(d.mean()), float(t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5)
+
+
+if __name__ == "__main__":
+    main()
