@@ -377,10 +377,12 @@ def test_ctrl_c_ends_the_training_of_a_tokenizer_within_two_seconds(tmp_path):
             start.write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGINT)
 
+        text = [
+            "".join(chr(97 + (i * i) % 26) for i in range(3_000_000))
+        ]  # a word that keeps the trainer busy for minutes
         with ends_promptly(line):
             threading.Thread(target=interrupt, daemon=True).start()
-            # a word of this length keeps the trainer busy for minutes
-            train_tokenizer(["".join(chr(97 + (i * i) % 26) for i in range(3_000_000))], 60_000)
+            train_tokenizer(text, 60_000)
 
     assert in_fork(work) == 130
     assert time.time() - float(start.read_text()) < 4  # two, and the load of the machine
