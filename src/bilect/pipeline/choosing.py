@@ -47,9 +47,6 @@ def fit(run: RunContext, scratch: Path, number: int) -> Figures:
     first = number == 1
     proxy = run.load("warmup/proxy" if first or config.reset_proxy else f"round-{number - 1}/proxy")
     target = run.load(target_folder("bliss", number - 1)) if config.fit.kl_coef else None
-    if target is not None and target.config.get_text_config().vocab_size != proxy.config.get_text_config().vocab_size:
-        raise BilectError("models: proxy and target have vocabularies of different sizes; the divergence needs equal "
-                          "ones (or set fit.kl_coef=0)")  # fmt: skip
     if first or not config.carry_score_model:
         generator = torch.Generator().manual_seed(derive_seed(config.seed, "score head", number))
         score_model = ScoreModel.from_causal_lm(proxy, generator, config.models.score_head)
