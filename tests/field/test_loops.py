@@ -38,7 +38,7 @@ def one_line(error: Any) -> str:
     return str(error.value)
 
 
-# -------------------------------------------------------------------------------------------------------------- wrappers
+# ------------------------------------------------------------------------------------------------------ wrappers
 
 
 class Engine(nn.Module):
@@ -85,7 +85,7 @@ def test_wrappers_that_take_the_model_apart_are_named() -> None:
         selector_for(prompt)
 
 
-# -------------------------------------------------------------------------------------------------------------- adapters
+# ------------------------------------------------------------------------------------------------------ adapters
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a dict": ({"train": rows(0, 2)}, "give one data set"),
     "unlabelled": ([{"input_ids": r["input_ids"]} for r in RAW], "upper_dataset: a batch needs input_ids and labels"),
     "text only": ([{"text": "a"}], "upper_dataset: "),
-    "text only table": (datasets.Dataset.from_list([{"text": "a"}]), "upper_dataset: "),
+    "text only table": (datasets.Dataset.from_list([{"text": "a"}]), r"upper_dataset: .* columns \(text\)"),
     "ragged": ([{k: v[: 5 + i] for k, v in r.items()} for i, r in enumerate(rows(0, 4))], "upper_dataset: cannot make"),
     "nothing learned": ([{**r, "labels": [-100] * 12} for r in rows(0, 2)], "upper_dataset: nothing in its first"),
     "other ids": (
@@ -270,14 +270,31 @@ def test_looking_at_the_first_batch_draws_nothing_twice() -> None:
 
 
 def test_model_init(tmp_path: Path) -> None:
-    plain = trainer_for(tmp_path, rows(100, 6))
-    plain.train()
-    made = trainer_for(tmp_path, rows(100, 6), model_init=lambda: small("gpt2", dtype=torch.float32))
-    first = made.selector
+    """Every call of train builds a model anew, and the selector with it."""
+    trainer = trainer_for(tmp_path, rows(100, 6), model_init=lambda: small("gpt2", dtype=torch.float32))
+    selectors, told = [trainer.selector], []
     for _ in range(2):
-        made.train()
-        assert losses(made)[-4:] == losses(plain) and made.selector.steps == 4
-    assert first.steps == 0
+        trainer.train()
+        selectors.append(trainer.selector)
+        told.append(losses(trainer))
+        assert trainer.selector.steps == 4 and trainer.selector.synchronisations == 2
+    assert told[0] == told[1] and len(told[0]) == 4
+    assert selectors[0].steps == 0 and selectors[1] is not selectors[2]
+
+
+def test_padding_free_batches() -> None:
+    """Examples end to end in one row, told apart by their positions, with the kernel's lengths as numbers."""
+    batch = {
+        "input_ids": torch.arange(48)[None] % 63 + 1, "position_ids": (torch.arange(48) % 24)[None],
+        "labels": torch.where(torch.arange(48) % 24 == 0, -100, torch.arange(48) % 63 + 1)[None],
+        "cu_seq_lens_q": torch.tensor([0, 24, 48], dtype=torch.int32), "max_length_q": 24,
+    }  # fmt: skip
+    model = small()
+    selector = selector_for(model, [batch])  # 48 tokens, 32 positions
+    selector.loss(model, BATCHES[0]).backward()
+    assert selector.synchronisations == 1
+    with pytest.raises(BilectError, match="a batch has 48 tokens in a row, the model 32 positions"):
+        selector_for(small(), [{k: v for k, v in batch.items() if k != "position_ids"}])
 
 
 def test_several_gpus_in_one_process_are_named_in_the_constructor(

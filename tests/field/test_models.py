@@ -1,5 +1,6 @@
 """What people's models are like: padded vocabularies, added tokens, short contexts, GGUF files."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,15 @@ def test_a_context_longer_than_the_positions(tmp_path: Path) -> None:
     check_models({"models.proxy": {**TINY, "max_position_embeddings": 8}}, TOKENIZER, context=32, place="")
     for kind, name in ("gpt2", "n_positions"), ("bloom", None):
         tiny = {"model_type": kind, "hidden_size": 16, "n_layer": 1, "n_head": 2, **({name: 16} if name else {})}
-        made = saved(tmp_path / kind, tokenizer=None, **tiny)
-        config = read_config(made)
+        config = read_config(tiny, context=64)
         assert checks.positions(config) == (64 if name else None)
 
 
 def test_other_tokenizers_and_models_that_are_none(tmp_path: Path) -> None:
     other = train_tokenizer(["prime lemma proof"] * 9, 300)
-    assert "differs from the run's in run/tokenizer (300 tokens): id 2" in refused(
-        saved(tmp_path / "a"), other
-    ) or "in one and" in refused(saved(tmp_path / "a"), other)
-    longer = train_tokenizer(["the sun and the rain over the hills"] * 9, 310)
+    told = refused(saved(tmp_path / "a"), other)
+    assert "differs from the run's in run/tokenizer" in told and " in one and " in told
+    longer = train_tokenizer(["the sun and the rain over the hills, prime lemma"] * 9, 320)
     assert "differs" in refused(saved(tmp_path / "b"), longer)
     clash = load_tokenizer(str(tmp_path / "a"))
     clash.add_special_tokens({"pad_token": "<pad>"})
@@ -151,7 +150,7 @@ def test_a_fit_of_differently_padded_models() -> None:
     assert 0 < figures["kl"] < 10 and np.isfinite(figures["lower_loss"])
 
 
-# ------------------------------------------------------------------------------------------------------------------ GGUF
+# ---------------------------------------------------------------------------------------------------------- GGUF
 
 
 def write_gguf(path: Path, dtype: Any = np.float32) -> Any:
@@ -179,8 +178,6 @@ def write_gguf(path: Path, dtype: Any = np.float32) -> Any:
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([word for word, _ in words])
     writer.add_token_types([3 if i in TOKENIZER.added_tokens_decoder else 1 for _, i in words])
-    import json
-
     merges = json.loads(TOKENIZER.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(m) if isinstance(m, list) else m for m in merges])
     writer.add_bos_token_id(TOKENIZER.bos_token_id)

@@ -119,7 +119,12 @@ class BladeTrainer(Trainer):
             raise BilectError(f"upper_batch_size: {self.blade.upper_batch_size} examples do not divide into {world} "
                               f"ranks; set {max(size, 1) * world}")  # fmt: skip
         if is_datasets_available() and _is_table(dataset):
-            dataset = self._remove_unused_columns(dataset, description="upper")
+            try:
+                dataset = self._remove_unused_columns(dataset, description="upper")
+            except ValueError as error:
+                found = ", ".join(dataset.column_names)
+                raise BilectError(f"upper_dataset: the model takes none of its columns ({found}); tokenise it like "
+                                  "train_dataset") from error  # fmt: skip
         else:
             collate = self._get_collator_with_removed_columns(collate, description="upper")
         if isinstance(dataset, IterableDataset):

@@ -51,7 +51,10 @@ def check_models(
 
 def positions(config: PreTrainedConfig) -> int | None:
     """Longest input a model was made for, tokens; None where nothing bounds it (ALiBi, recurrent models)."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    if text.model_type in ("bloom", "mpt") or getattr(text, "alibi", False):
+        return None  # distances, not positions
+    found = getattr(text, "max_position_embeddings", None)
     return int(found) if found is not None and found > 0 else None
 
 

@@ -1,9 +1,10 @@
 """Models by path, Hub name, preset or inline config; tokenizers likewise, or trained on the pool."""
 
 import importlib.util
+import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -55,9 +57,17 @@ def load_causal_lm(
     """
     if isinstance(spec, str) and spec not in PRESETS:
         place, file = _place("model", spec)
-        return _from_pretrained(
-            AutoModelForCausalLM, "model", spec, place, _WANTED, dtype=torch.float32, trust_remote_code=False, **file
-        )
+        if not file:
+            return _from_pretrained(
+                AutoModelForCausalLM, "model", spec, place, _WANTED, dtype=torch.float32, trust_remote_code=False
+            )
+        with redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+            return _unquantised(
+                _from_pretrained(
+                    AutoModelForCausalLM, "model", spec, place, _WANTED, dtype=torch.float32, trust_remote_code=False,
+                    quantization_config=GgufConfig(dequantize=True), **file,
+                )
+            )  # fmt: skip
     hf_config = _built("model", spec, vocab_size, context)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -86,6 +96,15 @@ def read_config(
             return AutoConfig.from_pretrained(place, trust_remote_code=False, **file)
     except Exception as error:  # a broken file makes transformers raise anything
         raise BilectError(f"{what}: cannot load {spec!r}: {reason(error)} ({_WANTED})") from error
+
+
+def _unquantised(model: PreTrainedModel) -> PreTrainedModel:
+    """Without the marks of a quantised model: its weights are plain float32, to be trained and saved like any other."""
+    model.hf_quantizer, model.is_quantized = None, False
+    for config in (model.config, model.config.get_text_config()):
+        for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
+            vars(config).pop(name, None)
+    return model
 
 
 _WANTED = f"a directory, a Hub name, a .gguf file, or a preset: {', '.join(PRESETS)}"

@@ -133,7 +133,7 @@ def check_batch(feed: Feed, model: Any) -> None:
         tokens = TokenBatch.of(batch)
     except BilectError as error:
         raise BilectError(f"{feed.name}: {error}") from error
-    if odd := [k for k, v in tokens.inputs.items() if not isinstance(v, Tensor)]:
+    if odd := [k for k, v in tokens.inputs.items() if not isinstance(v, Tensor | int | float | None)]:
         raise BilectError(f"{feed.name}: the model takes no {odd[0]}, of which a batch has "
                           f"{type(tokens.inputs[odd[0]]).__name__}; leave the column out")  # fmt: skip
     if tokens.n == 0:
@@ -142,9 +142,11 @@ def check_batch(feed: Feed, model: Any) -> None:
     if not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < config.vocab_size:
         raise BilectError(f"{feed.name}: a batch has id {int(ids_BT.max())}, the model {config.vocab_size} ids; is it "
                           "the model's tokenizer?")  # fmt: skip
-    longest = positions(model.config)
-    if longest is not None and tokens.shape[1] > longest:
-        raise BilectError(f"{feed.name}: a batch has {tokens.shape[1]} tokens in a row, the model {longest} positions; "
+    longest, width = positions(model.config), tokens.shape[1]
+    if isinstance(position_BT := tokens.inputs.get("position_ids"), Tensor):  # several examples in one row
+        width = int(position_BT.max()) + 1
+    if longest is not None and width > longest:
+        raise BilectError(f"{feed.name}: a batch has {width} tokens in a row, the model {longest} positions; "
                           "shorten its examples")  # fmt: skip
 
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bilect.bilevel.online.token_loss import TokenBatch, TokenForward, unwrap
+from bilect.bilevel.online.token_loss import TokenBatch, TokenForward
+from bilect.bilevel.online.wrappers import unwrap
 from bilect.errors import BilectError
 from bilect.runtime import distributed
 

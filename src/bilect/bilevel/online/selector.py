@@ -20,7 +20,8 @@ from bilect.bilevel.online.choice import Granularity, Scope, choose, spread, tok
 from bilect.bilevel.online.diagnostics import Watcher
 from bilect.bilevel.online.reference import Reference
 from bilect.bilevel.online.synchroniser import Given, Synchroniser, fixed_reference
-from bilect.bilevel.online.token_loss import TokenBatch, TokenForward, evaluating, unwrap
+from bilect.bilevel.online.token_loss import TokenBatch, TokenForward, evaluating
+from bilect.bilevel.online.wrappers import unwrap
 from bilect.errors import BilectError
 from bilect.functional.frank_wolfe import alpha_gradient, kept_count
 from bilect.runtime import distributed

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from bilect.bilevel.online.choice import token_mean
 from bilect.bilevel.online.feeds import Feed, check_batch
 from bilect.bilevel.online.reference import Reference, copy_of
-from bilect.bilevel.online.token_loss import TokenBatch, TokenForward, unwrap
+from bilect.bilevel.online.token_loss import TokenBatch, TokenForward
+from bilect.bilevel.online.wrappers import unwrap
 from bilect.errors import BilectError
 from bilect.models.checks import disagreement, own_tokenizer
 from bilect.models.loading import load_causal_lm

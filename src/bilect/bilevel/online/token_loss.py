@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from bilect.bilevel.online.kernel import Kernel, agreeing_kernel, applies
+from bilect.bilevel.online.wrappers import computing, is_linear, unwrap
 from bilect.data.batch import IGNORE
 from bilect.errors import BilectError
 from bilect.functional.losses import Head, token_losses, weighted_token_loss
 from bilect.runtime import distributed
 
-__all__ = ["TokenBatch", "TokenForward", "evaluating", "unwrap"]
+__all__ = ["TokenBatch", "TokenForward", "evaluating"]
 
 NOT_FOR_THE_MODEL = ("labels", "source", "num_items_in_batch")
 
@@ -103,52 +102,6 @@ class TokenBatch:
         return TokenBatch(**state)
 
 
-def unwrap(model: Any) -> Any:
-    """The causal LM inside ``torch.compile``, PEFT and whatever has a ``module``, in any order; FSDP2 wraps nothing.
-
-    Raises:
-        BilectError: the wrapper takes the model's weights or its batches apart.
-    """
-    while not isinstance(model, PreTrainedModel):
-        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-            raise BilectError("DataParallel gives each device a copy of the model, where no tokens can be chosen; "
-                              "start one process per device: torchrun --nproc-per-node=N SCRIPT")  # fmt: skip
-        if isinstance(model, FullyShardedDataParallel) or any(hasattr(p, "ds_id") for p in _parameters(model)):
-            raise BilectError("FSDP1 and ZeRO-3 hide the weights that the reference starts from; use FSDP2 "
-                              "(fully_shard), DDP, or ZeRO-1 or 2")  # fmt: skip
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-                raise BilectError("PEFT's prompt learning sets tokens before the batch's own, which bilect cannot "
-                                  "place; use LoRA")  # fmt: skip
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
-            break
-    return model
-
-
-def _parameters(model: Any) -> Iterator[nn.Parameter]:
-    return model.parameters() if hasattr(model, "parameters") else iter(())
-
-
-def _computing(head: Any) -> Any:
-    """What computes the logits: where PEFT keeps copies (``modules_to_save``), the one in use."""
-    if not hasattr(head, "modules_to_save"):
-        return head
-    active = [name for name in head.active_adapters if name in head.modules_to_save]
-    return head.modules_to_save[active[0]] if active and not head.disable_adapters else head.original_module
-
-
-def _is_linear(head: Any) -> bool:
-    """Whether it is ``h W' + b`` and nothing else; LoRA on the head, or a quantised head, is not."""
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        return False
-    return head.weight.is_floating_point()
-
-
 class TokenForward:
     """One causal LM, called for token losses.
 
@@ -186,7 +139,7 @@ class TokenForward:
     @property
     def head(self) -> nn.Module:
         """The output head, asked for anew: adapters come and go."""
-        found: nn.Module = _computing(self.base.get_output_embeddings())
+        found: nn.Module = computing(self.base.get_output_embeddings())
         return found
 
     @torch.no_grad()
@@ -270,7 +223,7 @@ class TokenForward:
     def _forward_head(self, hidden_BTD: Tensor) -> dict[str, Tensor]:
         assert self._work is not None
         module: Any = self.head
-        head = Head(module.weight, module.bias, self._scale, self._softcap) if _is_linear(module) else None
+        head = Head(module.weight, module.bias, self._scale, self._softcap) if is_linear(module) else None
         return {"loss": self._work(hidden_BTD.flatten(0, 1), head)}
 
     @torch.no_grad()
@@ -287,7 +240,7 @@ class TokenForward:
 
         def before_head(module: nn.Module, args: Any) -> None:  # where FSDP2 has gathered the weights
             seen["head input"] = args[0]
-            if _is_linear(head):
+            if is_linear(head):
                 seen["product"] = nn.functional.linear(args[0], head.weight, head.bias)
 
         def at_head(module: nn.Module, args: Any, output: Tensor) -> Tensor:
