@@ -125,15 +125,15 @@ def show_plan(lines: "Sequence[PlannedStage]", out: Path) -> None:
     from rich.table import Table
 
     table = Table(title=f"Plan of {out}: nothing is written")
-    for name in ("stage", "state", "tokens", "TFLOPs", "about"):
+    for name in ("stage", "state", "batch, all ranks", "tokens", "TFLOPs", "about"):
         table.add_column(name, justify="left" if name in ("stage", "state") else "right")
     for line in lines:
-        state = "done" if line.done else "to do"
-        table.add_row(line.name, state, f"{line.tokens:,}", f"{line.flops / 1e12:,.2f}", _duration(line.seconds))
+        state, costs = "done" if line.done else "to do", f"{line.flops / 1e12:,.2f}"
+        table.add_row(line.name, state, line.batch, f"{line.tokens:,}", costs, _duration(line.seconds))
     left = [line for line in lines if not line.done]
     table.add_section()
     sums = [sum(getattr(line, name) for line in left) for name in ("tokens", "flops", "seconds")]
-    table.add_row("left in all", "", f"{sums[0]:,}", f"{sums[1] / 1e12:,.2f}", _duration(sums[2]))
+    table.add_row("left in all", "", "", f"{sums[0]:,}", f"{sums[1] / 1e12:,.2f}", _duration(sums[2]))
     console = PlainConsole()
     console.print(table)
     console.print("Tokens are estimated from samples of the files; times from a short probe of this machine.")

@@ -40,7 +40,7 @@ from bilect.functional.hypergradient import penalty_values, score_gradient
 from bilect.functional.linear_solve import Solution, relative_residual
 from bilect.functional.trees import Tree
 from bilect.functional.weights import document_weights, effective_sample_size, robust_standardise, weight_entropy
-from bilect.models.causal_lm import CausalLM
+from bilect.models.causal_lm import CausalLM, share_vocabulary
 from bilect.models.score_model import ScoreModel
 from bilect.runtime import distributed
 from bilect.runtime.device import autocast
@@ -85,6 +85,7 @@ class BilevelFit:
         if target is not None and config.kl_coef > 0:
             # frozen, so cast once instead of at every pass
             self.target = CausalLM(target.to(torch.bfloat16) if config.bf16 else target)
+            share_vocabulary(self.proxy, self.target)
         self.lower, self.upper = lower, upper
         self.upper_sets = dict(upper_sets or {"": 1.0})
         self.params = self.proxy.params()
