@@ -12,11 +12,12 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bilect.bilevel.cost import fit_flops
+from bilect.bilevel.offline import solvers
 from bilect.bilevel.offline.fit import BilevelFit
 from bilect.config import FitConfig
 from bilect.data.loading import BatchStream, SetStream
@@ -40,6 +41,12 @@ class BlissConfig(FitConfig):
     """The settings of the fit, and the head of the score model."""
 
     score_head: Literal["sigmoid", "linear"] = Field("sigmoid", description="sigmoid in the paper")
+
+    @field_validator("solver")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        solvers.get(name)
+        return name
 
     @model_validator(mode="after")
     def _positive(self) -> "BlissConfig":
