@@ -4,8 +4,8 @@ Each RUN is a directory that ``bilect warmup`` has filled, all of one config but
 upper data in turn. Every cell (seed, target, variant) fits a method, scores the first round's shard, keeps the top by
 the run's rules and trains the warm target on it as a run does; it is a JSON file in OUT, and is not made again.
 
-    python benchmarks/choosing.py --study study.yaml --out OUT RUN [RUN ...]
-    python benchmarks/choosing.py --study study.yaml --out OUT --table
+    python benchmarks/choosing.py --study benchmarks/choosing.yaml --out OUT RUN [RUN ...]
+    python benchmarks/choosing.py --study benchmarks/choosing.yaml --out OUT --table
 
 The study:
 
