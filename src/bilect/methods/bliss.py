@@ -101,7 +101,7 @@ class BilevelMethod(ScoreModelMethod[B]):
         return {
             "tokens": int(config.steps * config.lower_batch_size * lengths["lower_length"]),
             "flops": fit_flops(config, self.proxy, self.score_model, target, **lengths),
-            **{k: last.get(k) for k in ("lower_loss", "upper_loss", "score_std")},
+            **{k: last.get(k) for k in ("lower_loss", "upper_loss", "score_std", "label_correlation")},
         }
 
     def _steps(self, fit: BilevelFit, parts: Mapping[str, Stateful], log: StepLog, task: Task) -> Figures:
