@@ -121,12 +121,12 @@ def choose(
     )
     folder, progress = Path(out).resolve(), progress or SilentProgress()
     records = run(config, folder, progress, command="select", number=1, repeat=repeat)
-    selected, scored = records[f"round 1: select {method}"], records["tokenise pool"]
+    selected = records[f"round 1: select {method}"]
     result = folder / "round-1"
     chosen = Chosen(
         folder, folder / "records", result / "selected" / "kept.parquet", result / "selected" / "dropped.parquet",
-        result / "scores", folder / "report.html", selected["documents"], selected["tokens"], scored["documents"],
-        scored["tokens"], selected["threshold"],
+        result / "scores", folder / "report.html", selected["documents"], selected["tokens"], selected["pool_documents"],
+        selected["pool_tokens"], selected["threshold"],
         {name: {"pool_share": share, "kept_share": selected["kept_share_by_source"][name],
                 "kept_fraction": selected["kept_fraction_by_source"][name]}
          for name, share in selected["pool_share_by_source"].items()},
