@@ -125,8 +125,8 @@ def choose(
     result = folder / "round-1"
     chosen = Chosen(
         folder, folder / "records", result / "selected" / "kept.parquet", result / "selected" / "dropped.parquet",
-        result / "scores", folder / "report.html", selected["documents"], selected["tokens"], selected["pool_documents"],
-        selected["pool_tokens"], selected["threshold"],
+        result / "scores", folder / "report.html",
+        *(selected[name] for name in ("documents", "tokens", "pool_documents", "pool_tokens", "threshold")),
         {name: {"pool_share": share, "kept_share": selected["kept_share_by_source"][name],
                 "kept_fraction": selected["kept_fraction_by_source"][name]}
          for name, share in selected["pool_share_by_source"].items()},
