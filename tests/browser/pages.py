@@ -63,7 +63,9 @@ def write_hostile(folder: Path) -> Path:
     (here / "selected").mkdir()
     pq.write_table(table.filter(kept), here / "selected/kept.parquet")
     dropped = table.filter(pa.array(score <= 1))
-    pq.write_table(dropped.append_column("reason", pa.array([SCRIPT] * len(dropped))), here / "selected/dropped.parquet")
+    pq.write_table(
+        dropped.append_column("reason", pa.array([SCRIPT] * len(dropped))), here / "selected/dropped.parquet"
+    )
     long = f"{SCRIPT}{'<&>' * 333_333}{RIGHT_TO_LEFT}"
     texts = [long if i % 2000 == 0 else f"{SCRIPT} {RIGHT_TO_LEFT} {i}" for i in range(n)]
     texts[1] = "x" * 1_000_000
@@ -89,7 +91,11 @@ def write_hostile(folder: Path) -> Path:
 def verify_result() -> dict[str, Any]:
     """The content of a verify.json, as small as the page takes it."""
     problem = {"problem": "least squares"}
-    implicit = [{**problem, "solver": s, "damping": 0.1, "k": k, "cosine": 1 - 0.5 / k} for s in ("cg", "neumann") for k in (1, 2, 4)]
+    implicit = [
+        {**problem, "solver": s, "damping": 0.1, "k": k, "cosine": 1 - 0.5 / k}
+        for s in ("cg", "neumann")
+        for k in (1, 2, 4)
+    ]
     at = [1, 2, 4]
     figures = {
         "implicit": [*implicit, {**problem, "solver": "identity", "damping": None, "k": 0, "cosine": 0.5}],

@@ -153,9 +153,13 @@ def test_a_watched_run_is_shown_as_it_goes_on(browser: Opened, tmp_path: Path) -
         Thread(target=server.serve_forever, daemon=True).start()
         page = browser.open(server.url)
         assert "0.1544 lower" in page.locator(".verdict").inner_text()
-        (run / "summary.json").write_text(json.dumps({**synthetic.summary(), "heldout_loss": {"bliss": 5.0, "random": 5.5}}))
+        (run / "summary.json").write_text(
+            json.dumps({**synthetic.summary(), "heldout_loss": {"bliss": 5.0, "random": 5.5}})
+        )
         page.wait_for_function("document.querySelector('.verdict').textContent.includes('0.5000 lower')")
-        assert browser.complaints == [] and {url.split("/")[2] for url in browser.requests} == {server.url.split("/")[2]}
+        assert browser.complaints == [] and {url.split("/")[2] for url in browser.requests} == {
+            server.url.split("/")[2]
+        }
         server.shutdown()
 
 
@@ -179,5 +183,3 @@ def test_the_server_answers_this_machine_alone(tmp_path: Path) -> None:
         for path in ("run.json", "../run.json", "%2e%2e/run.json", "/etc/passwd"):
             assert _get(server, path)[0] == 404
         server.shutdown()
-
-

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MAX_SETS = 12
 MAX_SHARES = 24
 
+
 def arms_figure(losses: Mapping[str, float], by_set: Mapping[str, float], main: str = "bliss") -> Svg:
     """Each arm's held-out loss as a bar from random's (or the highest); beside it main minus random on each set."""
     subject = "bilect" if main == "bliss" else label(main, 22)
@@ -27,7 +28,9 @@ def arms_figure(losses: Mapping[str, float], by_set: Mapping[str, float], main: 
         figure = new_figure(0.95 + 0.34 * rows)
         grid = figure.add_gridspec(1, 2 if by_set else 1, width_ratios=[1.25, 1] if by_set else [1])
         _loss_bars(figure.add_subplot(grid[0]), losses, rows, main)
-        text = "; ".join(f"{LONG_ARMS.get(arm) or label(arm, 40)} {loss:.4f}" for arm, loss in sorted(losses.items(), key=_value))
+        text = "; ".join(
+            f"{LONG_ARMS.get(arm) or label(arm, 40)} {loss:.4f}" for arm, loss in sorted(losses.items(), key=_value)
+        )
         if by_set:
             _difference_bars(figure.add_subplot(grid[1]), by_set, rows, subject)
             text += f". {subject} minus random: " + "; ".join(f"{name} {signed(d)}" for name, d in by_set.items())
@@ -201,7 +204,9 @@ def bought_figure(arms: Mapping[str, tuple[float, float]], main: str) -> Svg:
         _log_x(axes)
         axes.margins(x=0.2, y=0.2)
         axes.grid(axis="y")
-        text = "; ".join(f"{LONG_ARMS.get(a) or label(a, 40)} {signed(y)} at {x:.2f} times" for a, (x, y) in arms.items())
+        text = "; ".join(
+            f"{LONG_ARMS.get(a) or label(a, 40)} {signed(y)} at {x:.2f} times" for a, (x, y) in arms.items()
+        )
         return to_svg(figure, "bought", f"Gain over random against operations. {label(text, 600)}.")
 
 

@@ -103,9 +103,13 @@ def _curves(runs: Named) -> Section | None:
         if found:
             lines = Lines(title, "training step", "loss, nats per token", found, log_x=False, zero=False)
             note = "" if file == "heldout.jsonl" else " Each run is measured on its own text."
-            svg = lines_figure("run-curves", [lines], f"Loss of each run's target over training steps: {title.lower()}.")
+            svg = lines_figure(
+                "run-curves", [lines], f"Loss of each run's target over training steps: {title.lower()}."
+            )
             rows = [(name, step, loss) for name, curve in found.items() for step, loss in curve]
-            plot = Plot(svg, f"Loss of the target that each run’s own choice trained.{note}", ("run", "step", "loss"), rows)
+            plot = Plot(
+                svg, f"Loss of the target that each run’s own choice trained.{note}", ("run", "step", "loss"), rows
+            )
             return Section("curves", "Learning curves", [plot])
     return None
 

@@ -34,7 +34,6 @@ COLOURS = {
 _VARIABLE = {colour: f"var(--{name}, {colour})" for name, colour in COLOURS.items()}
 
 
-
 class Svg(str):
     """The SVG of one figure, and the figure itself, from which other formats are made."""
 

@@ -58,7 +58,9 @@ class WatchServer(ThreadingHTTPServer):
         try:
             super().__init__((HOST, port), _Handler)
         except (OSError, OverflowError) as error:
-            raise BilectError(f"watch: port {port} cannot be used ({error}); leave --port out for a free one") from error
+            raise BilectError(
+                f"watch: port {port} cannot be used ({error}); leave --port out for a free one"
+            ) from error
         self.url = f"http://{HOST}:{self.server_port}/"
         self.names = {f"{name}:{self.server_port}" for name in (HOST, "localhost")}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from bilect.report.inputs import Json, mapping, number
 
 DASH = "–"

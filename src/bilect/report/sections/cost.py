@@ -26,7 +26,9 @@ def _bought(run: RunFiles) -> list[Block]:
     for arm in run.arms:
         if arm not in flops or arm not in run.losses:
             continue
-        chose = [c.get(f"choosing {arm}", c.get("selection", 0.0) if arm == run.main else 0.0) for c in (seconds, flops)]
+        chose = [
+            c.get(f"choosing {arm}", c.get("selection", 0.0) if arm == run.main else 0.0) for c in (seconds, flops)
+        ]
         total = chose[1] + flops[arm]
         gain = run.losses["random"] - run.losses[arm] if "random" in run.losses else None
         rows.append([arm, chose[0], chose[1], seconds.get(arm), flops[arm], total / random if random else None, gain])

@@ -19,7 +19,9 @@ def build(run: RunFiles) -> Section | None:
     blocks: list[Block] = gaps(run.gaps(r"round-\d+/(metrics\.jsonl)?$"))
     if logged and (svg := learning_figure(run.rounds)) is not None:
         names = [key for keys in CURVES.values() for key in keys]
-        data = [[r.number, *(number(row.get(key)) for key in ("step", *names))] for r in run.rounds for row in r.metrics]
+        data = [
+            [r.number, *(number(row.get(key)) for key in ("step", *names))] for r in run.rounds for row in r.metrics
+        ]
         caption = (
             "The bilevel fit, round after round (divided by thin lines). Faint: every step; strong: a running mean. "
             "Scores: mean, one standard deviation either way, and the full range. An effective sample size near the "

@@ -113,7 +113,11 @@ def _rounds(run: RunFiles) -> list[Block]:
     if not rounds:
         return [] if run.only_chose else gaps(["rounds is not in summary.json"])
     arms = run.ordered({arm: None for row in rounds for arm in numbers(row.get("heldout_loss"))})
-    columns = [Column("Round", wording.compact), Column("Documents kept", wording.whole), Column("Score cut", wording.decimal)]
+    columns = [
+        Column("Round", wording.compact),
+        Column("Documents kept", wording.whole),
+        Column("Score cut", wording.decimal),
+    ]
     columns += [Column(f"Loss, {wording.arm_name(arm)}", wording.decimal) for arm in arms]
     rows = []
     for n, row in enumerate(rounds, 1):

@@ -59,7 +59,11 @@ def build(run: RunFiles) -> Section | None:
     if losses:
         blocks.append(_figure(run, losses, heldout))
     by_set = [
-        [name, arm, *(number(heldout[arm][name].get(key)) for key in ("loss", "perplexity", "accuracy", "documents", "tokens"))]
+        [
+            name,
+            arm,
+            *(number(heldout[arm][name].get(key)) for key in ("loss", "perplexity", "accuracy", "documents", "tokens")),
+        ]
         for name in dict.fromkeys(name for arm in run.ordered(heldout) for name in heldout[arm])
         for arm in run.ordered(heldout)
         if name in heldout[arm]
