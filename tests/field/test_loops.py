@@ -92,15 +92,18 @@ def test_wrappers_that_take_the_model_apart_are_named() -> None:
     "settings",
     [
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "tied": True},
         {"target_modules": ["q_proj", "lm_head"]},
         {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
     ],
-    ids=["saved head", "LoRA on the head", "DoRA on the head"],
+    ids=["saved head", "saved head of a tied model", "LoRA on the head", "DoRA on the head"],
 )
 def test_adapters_of_the_head(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
+    tied = settings.get("tied", False)
+    settings = {k: v for k, v in settings.items() if k != "tied"}
     config = peft.LoraConfig(r=4, init_lora_weights=False, **settings)
-    model = peft.get_peft_model(small(dtype=torch.float32, tie_word_embeddings=False), config)
+    model = peft.get_peft_model(small(dtype=torch.float32, tie_word_embeddings=tied), config)
     if "modules_to_save" in settings:
         nn.init.normal_(model.get_base_model().lm_head.modules_to_save["default"].weight, std=0.3)
     selector = selector_for(model, keep_ratio=0.5)
@@ -124,6 +127,21 @@ def test_adapters_of_the_head(settings: dict[str, Any]) -> None:
         selector.step()
     assert selector.synchronisations == 2 and selector.reference.own.keys() == own
     assert any("lm_head" in name for name in own)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_adapters_under_gradient_checkpointing(reentrant: bool) -> None:
+    """The reentrant kind gives no gradients where no input needs one."""
+    told = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(small(dtype=torch.float32), settings).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        told.append(train(model, selector_for(model), BATCHES))
+    assert told[1] == pytest.approx(told[0], abs=1e-6) and told[0][0] != told[0][1]
 
 
 # ------------------------------------------------------------------------------------------------------- half precision
