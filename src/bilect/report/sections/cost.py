@@ -50,7 +50,7 @@ def _bought(run: RunFiles) -> list[Block]:
         "saved. A gain is worth its cost where training random data for the same total would not reach the same loss."
     )
     blocks: list[Block] = [Table("cost-of-arms", columns, rows, caption, strong=lambda row: row[0] == run.main)]
-    drawn: dict[str, tuple[Any, Any]] = {row[0]: (row[5], row[6]) for row in rows if None not in row[5:]}
+    drawn: dict[str, tuple[Any, Any]] = {str(row[0]): (row[5], row[6]) for row in rows if None not in row[5:]}
     if len(drawn) > 1:
         svg = figures.bought_figure(drawn, run.main)
         blocks.append(Plot(svg, "Higher and further left is better. Random is at (1, 0).",
