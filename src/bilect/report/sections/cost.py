@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bilect.report import figures, wording
 from bilect.report.blocks import Block, Column, Fold, Plot, Section, Table, gaps
 from bilect.report.inputs import Json, RunFiles, flat_numbers, mapping, number, numbers
@@ -22,7 +24,7 @@ def build(run: RunFiles) -> Section | None:
 def _bought(run: RunFiles) -> list[Block]:
     seconds, flops = (numbers(mapping(run.summary.get("cost")).get(key)) for key in ("seconds", "flops"))
     random = flops.get("random")
-    rows = []
+    rows: list[list[Any]] = []
     for arm in run.arms:
         if arm not in flops or arm not in run.losses:
             continue

@@ -31,14 +31,14 @@ _CAPTIONS = (
     (
         choice_figure,
         "Agreement: of the tokens of one fixed batch that this or the previous record selected, the share that both "
-        "did; 1 means that nothing changed. An oracle’s loss, where there was one, is strong on the selected tokens and "
-        "faint on all of them: below is easier, or cleaner, than the average token.",
+        "did; 1 means that nothing changed. An oracle’s loss, where there was one, is strong on the selected tokens "
+        "and faint on all of them: below is easier, or cleaner, than the average token.",
     ),
 )
 _ABOUT = (
-    "These arms trained on a part of every batch, chosen token by token. Δ is the loss of the model in training minus the "
-    "loss of the reference: a token with Δ > 0 is one that the reference, which has seen the target set, predicts better. "
-    "Random tokens have no Δ."
+    "These arms trained on a part of every batch, chosen token by token. Δ is the loss of the model in training minus "
+    "the loss of the reference: a token with Δ > 0 is one that the reference, which has seen the target set, predicts "
+    "better. Random tokens have no Δ."
 )
 
 
