@@ -24,7 +24,7 @@ def build(run: RunFiles) -> Section | None:
 def _bought(run: RunFiles) -> list[Block]:
     seconds, flops = (numbers(mapping(run.summary.get("cost")).get(key)) for key in ("seconds", "flops"))
     random = flops.get("random")
-    rows = []
+    rows: list[list[Any]] = []
     for arm in run.arms:
         if arm not in flops or arm not in run.losses:
             continue
