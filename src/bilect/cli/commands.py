@@ -163,6 +163,22 @@ def fit(
 
 
 @app.command()
+def export(
+    selection: Annotated[Path, typer.Argument(help="Folder of a selection (kept.parquet or kept.jsonl.zst).")],
+    to: Annotated[str, typer.Option("--to", help="doc-ids, hf-datasets, jsonl-zst, litdata, mds, megatron, parquet.")],
+    out: Annotated[Path, typer.Option("--out", help="New folder.")],
+    tokens: Annotated[
+        Path | None, typer.Option(help="Folder with pool.json, where the selection does not lie in its run.")
+    ] = None,
+) -> None:
+    """Write the kept documents in the format of a trainer."""
+    from bilect.pipeline.exporting import export as write
+
+    figures = write(selection, to, out, tokens=tokens)
+    typer.echo(f"{out}: {figures['documents']:,} documents, {figures['tokens']:,} tokens")
+
+
+@app.command()
 def score(
     config: Source,
     out: Out = None,
