@@ -4,13 +4,13 @@ Each RUN is a directory that ``bilect warmup`` has filled, all of one config but
 upper data in turn. Every cell (seed, target, variant) fits a method, scores the first round's shard, keeps the top by
 the run's rules and trains the warm target on it as a run does; it is a JSON file in OUT, and is not made again.
 
-    python benchmarks/choosing.py --study study.yaml --out OUT RUN [RUN ...]
-    python benchmarks/choosing.py --study study.yaml --out OUT --table
+    python benchmarks/choosing.py --study benchmarks/choosing.yaml --out OUT RUN [RUN ...]
+    python benchmarks/choosing.py --study benchmarks/choosing.yaml --out OUT --table
 
 The study:
 
     targets: {math: {upper: [math], heldout: math}, lambada-text: {upper: [lambada_text], heldout: lambada}}
-    variants: {random: {}, dsir: {method: dsir, settings: {length: mean}}}
+    variants: {warm: {}, random: {method: random}, dsir: {method: dsir, settings: {length: mean}}}
     against: dsir
 """
 
@@ -30,12 +30,12 @@ from transformers.utils import logging
 from bilect import methods
 from bilect.config import load_config
 from bilect.methods.contract import Inputs
+from bilect.pipeline.choosing import rule_of
 from bilect.pipeline.context import RunContext
-from bilect.pipeline.training import _rows_of
 from bilect.runtime.files import write_json
 from bilect.runtime.progress import SilentProgress
 from bilect.runtime.seeds import derive_seed
-from bilect.selection.records import kept_ids
+from bilect.selection.records import kept_rows
 from bilect.selection.scoring import write_scores
 from bilect.selection.select import select
 from bilect.training import evaluation
@@ -72,7 +72,7 @@ def path_of(out: Path, seed: int, target: str, name: str) -> Path:
 
 def cell(run: RunContext, out: Path, target: str, sets: dict[str, Any], name: str, variant: dict[str, Any]) -> None:
     path = path_of(out, run.config.seed, target, name)
-    if name == "random" or not variant.get("method"):  # random is the same for all targets
+    if variant.get("method", "random") == "random":  # the same for all targets
         path = path_of(out, run.config.seed, "any", name)
     if path.exists():
         return
@@ -82,10 +82,7 @@ def cell(run: RunContext, out: Path, target: str, sets: dict[str, Any], name: st
     if name == "warm":
         model = run.load(run.evaluated("warmup/target"))
     else:
-        if not variant.get("method"):
-            rows = _rows_of(run, name, 1, pool)
-        else:
-            rows, figures = chosen(run, path, sets["upper"], variant)
+        rows, figures = chosen(run, path, sets["upper"], variant)
         figures["choosing_seconds"] = time.process_time() - started
         model = trained(run, rows)
         figures |= {"documents": len(rows), "sources": shares(pool.sources(rows))}
@@ -111,7 +108,7 @@ def chosen(run: RunContext, path: Path, upper: list[str], variant: dict[str, Any
             target=run.root / "warmup" / "target",
             scratch=work / "fit",
             pad_id=run.pad_id,
-            seed=derive_seed(config.seed, "method", variant["method"], 1),
+            seed=config.seed,
             device=run.device,
             batch_tokens=config.score_batch_tokens,
             checkpoint_every=10**6,
@@ -126,11 +123,15 @@ def chosen(run: RunContext, path: Path, upper: list[str], variant: dict[str, Any
             return scores
 
         write_scores(score, pool, rows, work / "scores")
-        select(work / "scores", work / "selected", config.selection, seed=derive_seed(config.seed, "select", 1))
-        ids = set(kept_ids(work / "selected"))
+        select(
+            work / "scores",
+            work / "selected",
+            rule_of(method, config.selection),
+            seed=derive_seed(config.seed, "select", 1),
+        )
+        kept = kept_rows(work / "selected", pool, in_order=method.trains_in_order)
     np.save(path.with_suffix(".npy"), np.array([saved[int(r)] for r in rows]))
     flops = figures["flops"] + method.score_flops(pool, rows)
-    kept = np.array([r for r, d in zip(rows, pool.doc_ids(rows), strict=True) if d in ids])
     return kept, {**figures, "flops": flops}
 
 

@@ -12,13 +12,14 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 
-OUTSIDE = re.compile(r"(?<!!)\[([^\]]+)\]\((?:\.\./)+(?!howto/|reference/)[\w./-]*\)")  # files of the repository
+OUTSIDE = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<to>(?:\.\./)+[\w./-]*)\)")
 LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=\"(?:https?:)?//[^\"]+", re.IGNORECASE)
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$`\w])\$(?P<line>[^$\n]+?)\$(?![\w`])", re.DOTALL)
 FUNCTION = re.compile(r"`(?P<name>bilect(?:\.\w+){2,})`")
 
 
 def on_files(files: Files, config: Any) -> Files:
+    """Pages that are made from the code."""
     from bilect.config import Config
 
     schema = json.dumps(Config.model_json_schema(), indent=1) + "\n"
@@ -33,12 +34,16 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Formulas as MathML, functions as links to their docstrings; links to files of the repository become text."""
     if page.file.src_uri == "equations.md":
         markdown = FORMULA.sub(_mathml, FUNCTION.sub(r"[\g<0>][\g<name>]", markdown))
-    if page.file.src_uri.startswith("reference/"):
-        return markdown
-    depth = page.file.src_uri.count("/") + 1
-    return re.sub(r"(?<!!)\[([^\]]+)\]\((?:\.\./){%d}[\w./-]*\)" % depth, r"\1", markdown)  # files of the repository
+    return OUTSIDE.sub(lambda link: link[0] if _in_docs(page, link["to"]) else link["text"], markdown)
+
+
+def _in_docs(page: Any, to: str) -> bool:
+    """Whether a relative link stays within the folder of the pages."""
+    depth = page.file.src_uri.count("/")
+    return to.count("../") <= depth
 
 
 def on_post_build(config: Any, **_: Any) -> None:

@@ -96,12 +96,15 @@ def verify_result() -> dict[str, Any]:
         for s in ("cg", "neumann")
         for k in (1, 2, 4)
     ]
-    at = [1, 2, 4]
+    at = (1, 2, 4)
     figures = {
         "implicit": [*implicit, {**problem, "solver": "identity", "damping": None, "k": 0, "cosine": 0.5}],
         "penalty": [{**problem, "penalty": 10.0 * k, "relative_error": 0.1 / k, "cosine": 0.9} for k in at],
         "steps": [{**problem, "baseline": "model", "optimizer": "adam", "k": k, "cosine": 0.8} for k in at],
-        "warm_up": [{**problem, "estimator": "penalty", "warm_up": k, "cosine": 0.7, "cosine_unrolled": 0.6} for k in at],
+        "warm_up": [
+            {**problem, "estimator": "penalty", "warm_up": k, "cosine": 0.7, "cosine_unrolled": 0.6}
+            for k in at
+        ],
         "learning_rate": [
             {**problem, "baseline": b, "optimizer": "adam", "learning_rate": 0.1 * k, "cosine": 0.4}
             for b in ("model", "matched") for k in at
@@ -119,7 +122,8 @@ def verify_result() -> dict[str, Any]:
     }  # fmt: skip
     claim = {"text": "Neumann's d is exact", "value": 1e-7, "tolerance": "below 1e-6", "why": "theory", "passed": True}
     return {
-        "figures": figures, "claims": [claim, {**claim, "text": SCRIPT, "passed": False}], "passed": False, "quick": True,
+        "figures": figures, "claims": [claim, {**claim, "text": SCRIPT, "passed": False}], "passed": False,
+        "quick": True,
         "reported": [{"text": "cosine of identity", "value": 0.5}], "seconds": 3.0,
         "versions": {"bilect": "0.1.0", "torch": "2.13.0"},
     }  # fmt: skip

@@ -51,7 +51,6 @@ def test_round_trip_through_yaml(tmp_path):
         ("warmup.proxy.stps=3", "unknown key 'warmup.proxy.stps'; did you mean 'steps'"),
         ("data.lower_data=[{pth: x}]", "did you mean 'path'"),
         ("fit.steps=0", "fit.steps: Input should be greater than 0"),
-        ("fit.solver=magic", "fit.solver: Input should be 'identity', 'adam'"),
         ("seed=-1", "seed: Input should be greater than or equal to 0"),
         ("training.batch_size=6", None),
         ("training.gradient_accumulation=3", "not a multiple of 3"),

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def reader(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def reader(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The reader's terminal: in that folder, with `bilect.choose` sized for seconds."""
     from bilect.pipeline import choose
 
@@ -51,7 +50,7 @@ def reader(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(choose, "_CPU", sizes)
     monkeypatch.setattr(choose, "_GPU", sizes)
     monkeypatch.chdir(workspace)
-    yield workspace
+    return workspace
 
 
 def names() -> dict[str, Any]:

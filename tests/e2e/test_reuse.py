@@ -112,6 +112,7 @@ def test_the_plan_agrees_with_the_run(finished, corpus, tmp_path):
     left = {line.name for line in plan_run(changed, out) if not line.done}
     assert "round 1: select bliss" in left and "round 1: train random" in left
     assert not left & {"warm up proxy", "round 1: fit bliss", "round 1: score bliss"}
+    assert (plan["warm up proxy"].batch, plan["round 1: fit bliss"].batch) == ("4 x 48 tokens", "8 + 4 documents")
     fresh = plan_run(config, tmp_path / "fresh")
     assert not (tmp_path / "fresh").exists() and not any(line.done for line in fresh)
     assert all(line.seconds >= 0 for line in fresh) and sum(line.seconds for line in fresh) > 0

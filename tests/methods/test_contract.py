@@ -38,7 +38,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "bliss": {**_FIT, "steps": 6},
     "bliss-penalty": {**_FIT, "steps": 6, "sync_every": 3, "reference_steps": 2},
     "amortised": {"of": "excess", "settings": {"steps": 2}, "labels": 40, "epochs": 2},
-    "excess": {"steps": 6, "control": "pool"},
+    "excess": {"steps": 6, "control": "pool", "held_out": 0.3},
     "influence": {"steps": 3, "checkpoints": 2, "upper_documents": 20},
     "mates": {"probes": 12, "upper_documents": 4, "regression_epochs": 1},
     "tandem": {"steps": 6},

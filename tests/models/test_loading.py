@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bilect.errors import BilectError
-from bilect.models.loading import check_vocabulary, load_causal_lm, load_score_model, train_tokenizer
+from bilect.models.checks import check_vocabulary
+from bilect.models.loading import load_causal_lm, load_score_model, train_tokenizer
 from bilect.models.score_model import ScoreModel
 from tests.corpus import TINY
 

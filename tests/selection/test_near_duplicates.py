@@ -10,7 +10,7 @@ import pytest
 
 from bilect.data.store import TokenStore
 from bilect.selection import near_duplicates
-from bilect.selection.near_duplicates import band_rows, cluster_file, signatures, within_cap
+from bilect.selection.near_duplicates import band_rows, cluster_file, signatures
 
 VOCABULARY = [f"w{i}" for i in range(500)]
 
@@ -129,11 +129,3 @@ def test_bands_find_a_pair_at_the_similarity(similarity):
     if r < near_duplicates.VALUES:
         assert 1 - (1 - similarity ** (r + 1)) ** (near_duplicates.VALUES // (r + 1)) < 0.99
     assert band_rows(0.8) == 6
-
-
-def test_within_cap_takes_the_first_of_each_cluster(tmp_path):
-    table = {"doc_id": ["a", "b", "c", "d", "e"], "cluster": pa.array([0, 1, 0, 0, 1], pa.int32())}
-    pq.write_table(pa.table(table), tmp_path / "c.parquet")
-    order = ["x", "d", "b", "a", "y", "c", "z"]
-    assert within_cap(order, tmp_path / "c.parquet", 1).tolist() == [True, True, True, False, True, False, True]
-    assert within_cap(order, tmp_path / "c.parquet", 2).tolist() == [True, True, True, True, True, False, True]

@@ -2,12 +2,13 @@
 
 from transformers import PreTrainedModel
 
+from bilect.bilevel.offline import solvers
 from bilect.config import FitConfig
 from bilect.config.online import BladeConfig
 from bilect.functional.linear_solve import NORM_PRODUCTS
 from bilect.models.flops import forward_flops
 
-__all__ = ["fit_flops", "measures_norm", "selecting_flops"]
+__all__ = ["fit_flops", "selecting_flops"]
 
 
 def fit_flops(
@@ -38,9 +39,10 @@ def fit_flops(
     seen = 1 + (config.replays if config.learn == "regression" else 0)
     step = kl + 3 * score * seen + 3 * lower * config.inner_steps
     if config.hypergradient == "implicit":
-        products: float = 0 if config.solver in ("identity", "adam") else config.solver_steps
-        products += 1 / config.log_every if config.solver != "cg" else 0  # the residual that is logged
-        products += NORM_PRODUCTS / config.log_every if measures_norm(config) else 0
+        solver = solvers.get(config.solver)
+        products: float = solver.products(config)
+        products += 0 if solver.knows_residual else 1 / config.log_every  # the residual that is logged
+        products += NORM_PRODUCTS / config.log_every if solver.measures_norm(config) else 0
         each, once = {"exact": (9, 0), "finite_difference": (6, 0), "forward_difference": (3, 3)}[config.hvp]
         step += 3 * upper + lower * (each * products + once * min(products, 1))
         step += {"jvp": 2, "finite_difference": 2, "ghost": 3}[config.directional] * lower
@@ -49,12 +51,6 @@ def fit_flops(
         twin_step = kl + score + 3 * upper + 3 * lower * twins
         step += 2 * lower + config.reference_steps / config.sync_every * twin_step
     return config.steps * step
-
-
-def measures_norm(config: FitConfig) -> bool:
-    """Whether the solver's step size or damping follows from the Hessian's norm."""
-    unset = {"cg": config.damping, "neumann": config.solver_step_size}
-    return config.solver in unset and unset[config.solver] is None
 
 
 def selecting_flops(

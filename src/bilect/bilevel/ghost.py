@@ -15,7 +15,7 @@ from torch.func import functional_call, jvp
 from bilect.data.batch import Batch
 from bilect.errors import BilectError
 from bilect.functional.directional import directional_jvp
-from bilect.functional.losses import Head, document_mean, token_losses, weighted_token_loss
+from bilect.functional.losses import document_mean, token_losses, weighted_token_loss
 from bilect.functional.trees import Tree
 from bilect.models.causal_lm import CausalLM
 
@@ -88,13 +88,11 @@ def directional_ghost(model: CausalLM, batch: Batch, z: Tree) -> Tensor:
         for name, p in params.items():
             p.requires_grad_(required[name])
 
-    fixed, head = hidden_ND.detach(), model.head()
+    fixed = hidden_ND.detach()
     own = {k: params[k].detach() for k in model.head_names}
 
     def losses(p: Tree) -> Tensor:
-        moved = Head(p[model.head_names[0]], p.get(model.head_names[-1]) if head.bias_V is not None else None,
-                     head.scale, head.softcap)  # fmt: skip
-        ce_N = token_losses(fixed, moved, batch.labels_N).ce_N
+        ce_N = token_losses(fixed, model.head(p), batch.labels_N).ce_N
         return document_mean(ce_N, batch.document_N, batch.n_documents)
 
     return contraction.d_B + directional_jvp(losses, own, {k: z[k] for k in own})

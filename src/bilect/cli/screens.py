@@ -13,6 +13,8 @@ from bilect.runtime.terminal import PlainConsole
 if TYPE_CHECKING:
     from bilect.pipeline.plan import PlannedStage
 
+SHARES = ("pool_share", "kept_share", "kept_fraction")
+
 __all__ = [
     "compare_with_progress",
     "plan_comparison",
@@ -81,7 +83,7 @@ def show_run(
 
 
 def show_demo(out: Path, seed: int = 0, *, repeat: bool = False) -> None:
-    """``bilect demo``: build the corpus, carry out the run, show the table.
+    """``bilect demo``: build the corpus, choose from it, then train on the choice and on random documents.
 
     Raises:
         BilectError: the data packages are missing.
@@ -91,7 +93,24 @@ def show_demo(out: Path, seed: int = 0, *, repeat: bool = False) -> None:
 
     make_folder(out)  # before the corpus, which takes a while
     build_demo_corpus(out / "data")
-    show_run(demo_config((out / "data").resolve(), seed), out, repeat=repeat)
+    config, selected = demo_config((out / "data").resolve(), seed), out / "round-1" / "selected"
+    with RichProgress() as progress:
+        from transformers.utils import logging
+
+        from bilect.cli.choosing import kept_table
+        from bilect.pipeline.stages import run
+
+        logging.disable_progress_bar()
+        progress.note("1. Choose: which documents of the pool make a model better at the target?")
+        records = run(config, out, progress, command="select", repeat=repeat)
+        kept = records[f"round 1: select {config.method}"]
+        by_source = {name: {share: kept[f"{share}_by_source"][name] for share in SHARES}
+                     for name in kept["pool_share_by_source"]}  # fmt: skip
+        title = f"{kept['documents']:,} documents, {kept['tokens']:,} tokens kept by {config.method}"
+        progress.console.print(kept_table(title, by_source))
+        progress.note(f"Records: {selected / 'records'}   Dropped, and why: {selected / 'dropped.parquet'}")
+        progress.note("2. What it bought: one model trains on the choice, the same on as many random documents.")
+    show_run(config, out, repeat=repeat)
 
 
 def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str], arms: Sequence[Any] = ()) -> None:
@@ -106,15 +125,15 @@ def show_plan(lines: "Sequence[PlannedStage]", out: Path) -> None:
     from rich.table import Table
 
     table = Table(title=f"Plan of {out}: nothing is written")
-    for name in ("stage", "state", "tokens", "TFLOPs", "about"):
+    for name in ("stage", "state", "batch, all ranks", "tokens", "TFLOPs", "about"):
         table.add_column(name, justify="left" if name in ("stage", "state") else "right")
     for line in lines:
-        state = "done" if line.done else "to do"
-        table.add_row(line.name, state, f"{line.tokens:,}", f"{line.flops / 1e12:,.2f}", _duration(line.seconds))
+        state, costs = "done" if line.done else "to do", f"{line.flops / 1e12:,.2f}"
+        table.add_row(line.name, state, line.batch, f"{line.tokens:,}", costs, _duration(line.seconds))
     left = [line for line in lines if not line.done]
     table.add_section()
     sums = [sum(getattr(line, name) for line in left) for name in ("tokens", "flops", "seconds")]
-    table.add_row("left in all", "", f"{sums[0]:,}", f"{sums[1] / 1e12:,.2f}", _duration(sums[2]))
+    table.add_row("left in all", "", "", f"{sums[0]:,}", f"{sums[1] / 1e12:,.2f}", _duration(sums[2]))
     console = PlainConsole()
     console.print(table)
     console.print("Tokens are estimated from samples of the files; times from a short probe of this machine.")

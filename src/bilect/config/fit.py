@@ -40,9 +40,7 @@ class FitConfig(Settings):
     hypergradient: Literal["implicit", "penalty"] = Field(
         "implicit", description="through a linear solve (paper), or from two first-order models (BLADE)"
     )
-    solver: Literal["identity", "adam", "neumann", "cg", "sgd"] = Field(
-        "adam", description="of the implicit hypergradient (paper: sgd)"
-    )
+    solver: str = Field("adam", description="of the implicit hypergradient: identity, adam, neumann, cg, sgd (paper)")
     solver_steps: Positive = Field(3, description="Hessian products of neumann, cg and sgd (paper: 3)")
     solver_step_size: PositiveFloat | None = Field(
         None, description="None: 1 over the Hessian's norm, measured (neumann), 1e-2 (sgd; as in the paper)"

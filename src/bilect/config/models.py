@@ -10,7 +10,7 @@ __all__ = ["ModelsConfig"]
 
 
 class ModelsConfig(Settings):
-    """The three models: a preset, a directory, a Hub name, or an inline config with model_type."""
+    """The three models: a preset, a directory, a Hub name, a .gguf file, or an inline config with model_type."""
 
     proxy: str | dict[str, Any] = Field("pythia-31m", description="small stand-in for the target (paper: 31M)")
     target: str | dict[str, Any] = Field("pythia-410m", description="the model that is finally trained")

@@ -47,7 +47,7 @@ class BladeConfig(Settings):
     )
     offload: bool = Field(False, description="keep the reference in the CPU's memory between uses")
     diagnose_every: Positive | None = Field(100, description="steps between diagnostics; None for none")
-    upper_batch_size: Positive = Field(8, description="upper examples per reference step and rank")
+    upper_batch_size: Positive = Field(8, description="upper examples per reference step, over all ranks")
     seed: int = Field(0, description="of the order of upper data and of random tokens")
 
     @model_validator(mode="after")

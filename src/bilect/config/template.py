@@ -111,7 +111,7 @@ def _group(model: type[BaseModel], values: Mapping[str, Any], depth: int) -> lis
             given = name in values
             shown = f"{pad}{'' if given else '# '}{name}: {_plain(values[name] if given else field.default)}"
             lines += [f"{shown:<44}  # {part}" if i == 0 else f"{'':<44}  # {part}"
-                      for i, part in enumerate(textwrap.wrap(meaning, 74) or [""])]  # fmt: skip
+                      for i, part in enumerate(textwrap.wrap(meaning, 74, break_on_hyphens=False) or [""])]  # fmt: skip
     return lines
 
 
@@ -121,7 +121,7 @@ def _shown(name: str, settings: Sequence[str]) -> list[str]:
 
 
 def _wrapped(text: str, pad: str) -> list[str]:
-    return [f"{pad}# {line}" for line in textwrap.wrap(text, 118 - len(pad))]
+    return [f"{pad}# {line}" for line in textwrap.wrap(text, 118 - len(pad), break_on_hyphens=False)]
 
 
 def _plain(value: Any) -> str:

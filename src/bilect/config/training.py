@@ -15,8 +15,10 @@ class TrainConfig(Settings):
     steps: Annotated[int, Field(ge=0)] = Field(
         10_000, description="optimiser steps per round (paper: 10k); 0 leaves the model as it is"
     )
-    batch_size: Positive = Field(16, description="documents per step and rank, accumulation included")
-    gradient_accumulation: Positive = Field(1, description="micro-batches per step")
+    batch_size: Positive = Field(
+        16, description="sequences of data.context tokens per step, over all ranks and micro-batches"
+    )
+    gradient_accumulation: Positive = Field(1, description="micro-batches per step and rank")
     learning_rate: PositiveFloat = Field(1e-3, description="of AdamW")
     schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up (paper: constant)")
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(

@@ -6,19 +6,29 @@ trainer = BladeTrainer(model, args, train_dataset=..., blade=BladeConfig(keep_ra
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import IterableDatasetShard
+from transformers.utils import is_datasets_available
 
+from bilect.bilevel.online.feeds import Feed
 from bilect.bilevel.online.selector import OnlineTokenSelector
 from bilect.config.online import BladeConfig
 from bilect.errors import BilectError
 from bilect.runtime import distributed
+from bilect.runtime.checkpoints import load_state
 
-__all__ = ["BladeConfig", "BladeTrainer"]
+__all__ = ["BladeConfig", "BladeTrainer", "check_complete"]
+
+RESTORE = (
+    "restore it, resume from another checkpoint (written by as many processes), or start anew from the model in it"
+)
 
 
 class _Steps(TrainerCallback):
@@ -36,10 +46,11 @@ class BladeTrainer(Trainer):
     the Trainer's own, one file per rank, and ``resume_from_checkpoint`` restores it.
 
     Args:
-        model: a causal LM.
+        model: a causal LM; or None with ``model_init``, as for ``Trainer``.
         args: as for ``Trainer``. A column ``source`` for the diagnostics needs ``remove_unused_columns=False``.
         blade: the settings.
-        upper_dataset: examples of the target set, a ``torch.utils.data.Dataset`` in the form of ``train_dataset``.
+        upper_dataset: examples of the target set, in the form of ``train_dataset`` and treated like it: columns that
+            the model does not take are left out, and ``data_collator`` makes the batches. One is drawn here.
         reference: a fixed reference, for method "rho1", or a function that makes one; see ``OnlineTokenSelector``.
         **kwargs: as for ``Trainer``.
 
@@ -47,12 +58,12 @@ class BladeTrainer(Trainer):
         selector: the ``OnlineTokenSelector``, with ``diagnostics``.
 
     Raises:
-        BilectError: upper data is needed and missing, or the model's form is not known.
+        BilectError: upper data is needed and missing, or no batch the model can take; the model's form is not known.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None = None,
         args: TrainingArguments | None = None,
         *,
         blade: BladeConfig | None = None,
@@ -64,22 +75,63 @@ class BladeTrainer(Trainer):
         self.blade = BladeConfig() if blade is None else blade
         if self.blade.needs_upper_data and upper_dataset is None and reference is None:
             raise BilectError(f"method {self.blade.method} trains its reference on the target set: give upper_dataset")
+        self._given = (upper_dataset, reference)
+        self._steps: _Steps | None = None
+        self._select(self.model)
+
+    def _select(self, model: nn.Module) -> None:
+        """A selector for the model in training."""
+        upper_dataset, reference = self._given
         options = self.blade.selector_options(self.args.learning_rate)
         if reference is not None:
             options["reference"] = reference
-        self.selector = OnlineTokenSelector(self.model, self._upper_loader(upper_dataset), **options)
-        self.add_callback(_Steps(self.selector))
+        if options["keep_ratio"] != 1.0 and (n := self.args.n_gpu) > 1 and not self.is_model_parallel:
+            raise BilectError(f"the Trainer spreads batches over {n} GPUs in one process, where no tokens can be "
+                              f"chosen; start one process per GPU: torchrun --nproc-per-node={n} SCRIPT")  # fmt: skip
+        self.selector = OnlineTokenSelector(model, self._upper_feed(upper_dataset), **options)
+        if self._steps is not None:
+            self.remove_callback(self._steps)
+        self._steps = _Steps(self.selector)
+        self.add_callback(self._steps)
 
-    def _upper_loader(self, dataset: Any) -> Iterable[Any] | None:
-        if dataset is None:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Another model is trained by another selector."""
+        model = super().call_model_init(trial)
+        if "selector" in vars(self):
+            if self.place_model_on_device:
+                self._move_model_to_device(model, self.args.device)
+            self._select(model)
+        return model
+
+    def _upper_feed(self, dataset: Any) -> Any:
+        if dataset is None or not self.blade.needs_upper_data:
             return None
-        sampler: Any = None
-        if distributed.world_size() > 1:
-            sampler = DistributedSampler(dataset, seed=self.blade.seed)
-        size = self.blade.upper_batch_size
-        return DataLoader(
-            dataset, batch_size=size, shuffle=sampler is None, sampler=sampler, collate_fn=self.data_collator
-        )
+        if isinstance(dataset, dict):
+            raise BilectError(f"upper_dataset: give one data set, not a mapping of {len(dataset)}")
+        if hasattr(dataset, "__len__") and len(dataset) == 0:
+            raise BilectError("upper_dataset is empty; give examples of the target set")
+        return Feed(self._upper_loader(dataset), self.blade.seed, "upper_dataset")
+
+    def _upper_loader(self, dataset: Any) -> Iterable[Any]:
+        world, collate = distributed.world_size(), self.data_collator
+        size, remainder = divmod(self.blade.upper_batch_size, world)
+        if remainder:
+            raise BilectError(f"upper_batch_size: {self.blade.upper_batch_size} examples do not divide into {world} "
+                              f"ranks; set {max(size, 1) * world}")  # fmt: skip
+        if is_datasets_available() and _is_table(dataset):
+            try:
+                dataset = self._remove_unused_columns(dataset, description="upper")
+            except ValueError as error:
+                found = ", ".join(dataset.column_names)
+                raise BilectError(f"upper_dataset: the model takes none of its columns ({found}); tokenise it like "
+                                  "train_dataset") from error  # fmt: skip
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="upper")
+        if isinstance(dataset, IterableDataset):
+            own = IterableDatasetShard(dataset, size, num_processes=world, process_index=distributed.rank())
+            return DataLoader(dataset if world == 1 else own, batch_size=size, collate_fn=collate)
+        sampler: Any = DistributedSampler(dataset, seed=self.blade.seed) if world > 1 else None
+        return DataLoader(dataset, batch_size=size, shuffle=sampler is None, sampler=sampler, collate_fn=collate)
 
     def compute_loss(
         self,
@@ -105,11 +157,41 @@ class BladeTrainer(Trainer):
         if not self.args.save_only_model:
             torch.save(self.selector.state_dict(), self._selector_file(folder))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.selector.keep_ratio != 1.0:
+            check_complete(self, resume_from_checkpoint, [os.path.basename(self._selector_file(""))])
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and os.path.isfile(self._selector_file(checkpoint)):
-            state = torch.load(self._selector_file(checkpoint), map_location="cpu", weights_only=True)
-            self.selector.load_state_dict(state)
+        if checkpoint is not None and self.selector.keep_ratio != 1.0:
+            self.selector.load_state_dict(load_state(Path(self._selector_file(checkpoint)), RESTORE))
 
     def _selector_file(self, folder: str) -> str:
         return os.path.join(folder, f"selector-{distributed.rank()}.pt")
+
+
+def _is_table(dataset: Any) -> bool:
+    import datasets
+
+    return isinstance(dataset, datasets.Dataset)
+
+
+def check_complete(trainer: Trainer, checkpoint: str, more: Iterable[str] = ()) -> None:
+    """All files that the ``Trainer`` would do without, in silence, must be in a checkpoint.
+
+    Args:
+        trainer: what goes on from it.
+        checkpoint: its folder.
+        more: names of further files.
+
+    Raises:
+        BilectError: names the first that is missing.
+    """
+    rng = f"rng_state_{trainer.args.process_index}.pth" if trainer.args.world_size > 1 else "rng_state.pth"
+    own = [TRAINER_STATE_NAME, rng, *more]
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # those keep theirs in folders
+        own += [OPTIMIZER_NAME, SCHEDULER_NAME]
+    for name in own:
+        if not os.path.isfile(os.path.join(checkpoint, name)):
+            raise BilectError(f"checkpoint: {checkpoint} has no {name}; {RESTORE}")

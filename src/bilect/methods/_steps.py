@@ -14,7 +14,6 @@ from bilect.functional.trees import Tree
 from bilect.methods._influence import Adam
 from bilect.methods.contract import Inputs
 from bilect.models.causal_lm import CausalLM
-from bilect.runtime.seeds import derive_seed
 
 __all__ = [
     "LearnedPart",
@@ -104,25 +103,23 @@ class Steps:
         return {name: s["exp_avg_sq"] / (1 - beta ** float(s["step"])) for name, s in states.items()}
 
 
-def pool_batches(inputs: Inputs, batch_size: int, *labels: str | int) -> BatchStream:
+def pool_batches(inputs: Inputs, batch_size: int, label: str) -> BatchStream:
     """Endless batches of the candidates, by weight where the pool has weights."""
     return BatchStream(
         inputs.pool,
         inputs.rows,
         batch_size,
         inputs.pad_id,
-        derive_seed(inputs.seed, *labels),
+        inputs.derive(label),
         inputs.device,
         inputs.pool.weight_R,
     )
 
 
-def upper_batches(
-    inputs: Inputs, batch_size: int, *labels: str | int, rows: Sequence[np.ndarray] | None = None
-) -> SetStream:
+def upper_batches(inputs: Inputs, batch_size: int, label: str, rows: Sequence[np.ndarray] | None = None) -> SetStream:
     """Endless batches of the upper sets, or of some rows of each."""
     _, weights, stores = zip(*inputs.upper, strict=True)
-    return SetStream(stores, weights, batch_size, inputs.pad_id, derive_seed(inputs.seed, *labels), inputs.device, rows)
+    return SetStream(stores, weights, batch_size, inputs.pad_id, inputs.derive(label), inputs.device, rows)
 
 
 def pool_objective(lm: CausalLM, batches: BatchStream) -> Objective:

@@ -9,12 +9,14 @@ trusted. It is MATES' second half (arXiv 2406.06046, section 3) for any label. T
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -51,14 +53,29 @@ class AmortisedConfig(MethodConfig):
     batch_size: PositiveInt = Field(16, description="documents of a step")
     learning_rate: PositiveFloat = Field(1e-3, description="of AdamW")
 
-    @model_validator(mode="after")
-    def _known(self) -> "AmortisedConfig":
-        try:
-            if self.of == "amortised" or not isinstance(methods.make(self.of, self.settings), DocumentMethod):
-                raise ValueError(f"{self.of!r} gives documents no scores of its own")
-        except BilectError as error:
-            raise ValueError(str(error)) from error
-        return self
+    @field_validator("of")
+    @classmethod
+    def _scores(cls, name: str) -> str:
+        with _as_value_error():
+            if name == "amortised" or not issubclass(methods.get(name), DocumentMethod):
+                raise ValueError("it gives documents no scores of its own")
+        return name
+
+    @field_validator("settings")
+    @classmethod
+    def _settings(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        with _as_value_error():
+            if "of" in info.data:
+                methods.make(info.data["of"], settings)
+        return settings
+
+
+@contextmanager
+def _as_value_error() -> Iterator[None]:
+    try:
+        yield
+    except BilectError as error:
+        raise ValueError(str(error)) from error
 
 
 class Amortised(ScoreModelMethod[AmortisedConfig]):
@@ -70,15 +87,17 @@ class Amortised(ScoreModelMethod[AmortisedConfig]):
 
     def _fit(self, task: Task) -> Figures:
         inputs, config = self.inputs, self.config
-        order = np.random.default_rng(derive_seed(inputs.seed, "labels")).permutation(inputs.rows)
+        order = np.random.default_rng(inputs.derive("labels")).permutation(inputs.rows)
         rows = order[: config.labels]
         if len(rows) < LEAST_LABELS:
             raise BilectError(f"amortised: {len(rows)} candidates are too few to learn from; it takes {LEAST_LABELS}")
         teacher, given = self._teacher(task)
-        head = torch.Generator().manual_seed(derive_seed(inputs.seed, "score head"))
+        head = torch.Generator().manual_seed(inputs.derive("score head"))
         self.score_model = ScoreModel.from_causal_lm(inputs.warm_proxy, head, "linear", config.layers)
         labels = _Labels()
-        regression = Regression(self.score_model, inputs.pool, rows, config, inputs.pad_id, inputs.seed, inputs.bf16)
+        regression = Regression(
+            self.score_model, inputs.pool, rows, config, inputs.pad_id, inputs.derive("regression"), inputs.bf16
+        )
         parts: dict[str, Stateful] = {"labels": labels, "regression": regression}
         path = inputs.scratch / "amortised.pt"
         resume(path, parts, inputs.device)
@@ -105,7 +124,7 @@ class Amortised(ScoreModelMethod[AmortisedConfig]):
     def _teacher(self, task: Task) -> tuple[DocumentMethod[Any], Figures]:
         """The other method, fitted; an interrupted fit of it goes on, in a folder of its own."""
         inputs, teacher = self.inputs, methods.make(self.config.of, self.config.settings)
-        return teacher, teacher.fit(replace(inputs, scratch=inputs.scratch / "teacher"), task)
+        return teacher, teacher.fit(replace(inputs, scratch=inputs.scratch / "teacher", previous=None, log=None), task)
 
 
 class _Labels:

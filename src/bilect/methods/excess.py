@@ -37,7 +37,6 @@ from bilect.models.flops import forward_flops
 from bilect.runtime.checkpoints import Stateful, save_parts
 from bilect.runtime.device import autocast
 from bilect.runtime.progress import Task
-from bilect.runtime.seeds import derive_seed
 from bilect.training.evaluation import document_losses
 
 __all__ = ["Excess", "ExcessConfig"]
@@ -65,6 +64,11 @@ class Excess(DocumentMethod[ExcessConfig]):
     base: PreTrainedModel  # u
     reference: PreTrainedModel  # w
 
+    @property
+    def steps(self) -> int:
+        """Of w at most, and of u."""
+        return self.config.steps * (2 if self.config.control == "pool" else 1)
+
     def score(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
         """Two forward passes."""
         return self._losses(self.base, store, rows) - self._losses(self.reference, store, rows)
@@ -77,8 +81,8 @@ class Excess(DocumentMethod[ExcessConfig]):
     def _fit(self, task: Task) -> Figures:
         inputs, config = self.inputs, self.config
         learned, held_out = zip(*(self._split(store) for _, _, store in inputs.upper), strict=True)
-        upper = upper_batches(inputs, config.batch_size, "excess", "upper", rows=learned)
-        pool = pool_batches(inputs, config.batch_size, "excess", "pool")
+        upper = upper_batches(inputs, config.batch_size, "excess upper", rows=learned)
+        pool = pool_batches(inputs, config.batch_size, "excess pool")
         self.base, self.reference = inputs.load(inputs.proxy), inputs.load(inputs.proxy)
         w_lm, u_lm = CausalLM(self.reference), CausalLM(self.base)
         w = Steps(w_lm, lambda: upper_objective_of(w_lm, upper, inputs, config.learned), config.learning_rate,
@@ -91,7 +95,7 @@ class Excess(DocumentMethod[ExcessConfig]):
         task.advance(w.done + u.done)
         looks = config.held_out > 0 and all(len(rows) >= LEAST_HELD_OUT for rows in held_out)
         every = -(-config.steps // LOOKS)
-        if looks and not best.looks:
+        if looks and w.done == 0:
             best.before = upper_loss(w_lm, inputs, held_out, config.learned)
         while w.done < config.steps and best.looks_since < PATIENCE:
             self._step(w, parts, path, task)
@@ -119,7 +123,7 @@ class Excess(DocumentMethod[ExcessConfig]):
 
     def _split(self, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
         """Rows of an upper set that w learns, and those held out."""
-        order = np.random.default_rng(derive_seed(self.inputs.seed, "excess", "held out")).permutation(len(store))
+        order = np.random.default_rng(self.inputs.derive("excess held out")).permutation(len(store))
         held_out = int(self.config.held_out * len(store))
         return np.sort(order[held_out:]), np.sort(order[:held_out])
 

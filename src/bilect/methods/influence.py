@@ -59,6 +59,11 @@ class Influence(DocumentMethod[InfluenceConfig]):
     Config = InfluenceConfig
     pairs: list[tuple[Tree, Tree]]  # theta_c, z_c
 
+    @property
+    def steps(self) -> int:
+        """Of the proxy, before all checkpoints."""
+        return self.config.checkpoints * self.config.steps
+
     def score(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
         """Two forward passes, or their like, per checkpoint."""
         inputs, lm, total_R = self.inputs, self._lm, np.zeros(len(rows))
@@ -81,11 +86,11 @@ class Influence(DocumentMethod[InfluenceConfig]):
 
     def _fit(self, task: Task) -> Figures:
         inputs, config = self.inputs, self.config
-        pool = pool_batches(inputs, config.batch_size, "influence", "pool")
+        pool = pool_batches(inputs, config.batch_size, "influence pool")
         model = inputs.load(inputs.proxy)
         lm, adam = CausalLM(model), warm_adam(inputs.proxy, model)
         steps = Steps(lm, lambda: pool_objective(lm, pool), config.learning_rate, adam=adam, bf16=inputs.bf16)
-        upper = upper_batches(inputs, config.batch_size, "influence", "upper")
+        upper = upper_batches(inputs, config.batch_size, "influence upper")
         found, path = _Found(), inputs.scratch / "influence.pt"
         parts: dict[str, Stateful] = {"steps": steps, "pool": pool, "upper": upper, "found": found}
         resume(path, parts, inputs.device)

@@ -12,7 +12,7 @@ from bilect.errors import BilectError
 from bilect.functional.losses import Head
 from bilect.functional.trees import Tree
 
-__all__ = ["CausalLM"]
+__all__ = ["CausalLM", "share_vocabulary"]
 
 
 class CausalLM:
@@ -23,6 +23,7 @@ class CausalLM:
 
     Attributes:
         model: the wrapped model, in evaluation mode (no dropout).
+        vocabulary: ids that the head's logits are of: all its rows, or fewer; see ``share_vocabulary``.
 
     Raises:
         BilectError: the model has no trunk or head of the usual form.
@@ -45,17 +46,13 @@ class CausalLM:
         self._scale = float(getattr(text_config, "logit_scale", None) or 1.0)
         if getattr(text_config, "logits_scaling", None):
             self._scale /= float(text_config.logits_scaling)
+        self.vocabulary = int(head.weight.shape[0])
         self._check(head)
 
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
         return self.model.device
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of rows of the output head."""
-        return int(self.head().weight_VD.shape[0])
 
     def params(self) -> Tree:
         """The parameters themselves, by name; tied tensors once."""
@@ -70,10 +67,12 @@ class CausalLM:
         return functional_call(self.trunk, own, (), inputs).last_hidden_state
 
     def head(self, params: Mapping[str, Tensor] | None = None) -> Head:
-        """The output head."""
+        """The output head, of the first ``vocabulary`` ids."""
         tree = self.params() if params is None else params
-        bias = None if self._bias_name is None else tree[self._bias_name]
-        return Head(tree[self._weight_name], bias, self._scale, self._softcap)
+        weight_VD, bias_V = tree[self._weight_name], None if self._bias_name is None else tree[self._bias_name]
+        if self.vocabulary < weight_VD.shape[0]:
+            weight_VD, bias_V = weight_VD[: self.vocabulary], None if bias_V is None else bias_V[: self.vocabulary]
+        return Head(weight_VD, bias_V, self._scale, self._softcap)
 
     @property
     def head_names(self) -> list[str]:
@@ -101,6 +100,15 @@ class CausalLM:
             raise BilectError(
                 f"{type(self.model).__name__} transforms its logits in a way bilect does not know; use another model"
             )
+
+
+def share_vocabulary(a: CausalLM, b: CausalLM) -> None:
+    """Cut the logits of both to the ids that both have.
+
+    Models of one tokenizer have embeddings padded to different sizes (Qwen2.5's 0.5B and 7B). No token has the ids that
+    are cut off, and a divergence needs distributions over the same ids.
+    """
+    a.vocabulary = b.vocabulary = min(a.vocabulary, b.vocabulary)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

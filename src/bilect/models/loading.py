@@ -1,11 +1,11 @@
 """Models by path, Hub name, preset or inline config; tokenizers likewise, or trained on the pool."""
 
-import hashlib
-import json
+import importlib.util
+import io
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -27,11 +29,13 @@ from bilect.models.score_model import ScoreModel
 
 __all__ = [
     "END_OF_TEXT",
-    "check_vocabulary",
+    "extend_vocabulary",
     "load_causal_lm",
     "load_score_model",
     "load_tokenizer",
     "padded_vocabulary",
+    "read_config",
+    "read_tokenizer",
     "train_tokenizer",
 ]
 
@@ -44,8 +48,8 @@ def load_causal_lm(
     """A causal LM in float32.
 
     Args:
-        spec: a preset (``pythia-31m``, random weights), a directory or Hub name (pretrained weights), or a dict
-            ``{"model_type": ..., ...}`` (random weights).
+        spec: a preset (``pythia-31m``, random weights), a directory, Hub name or GGUF file (pretrained weights; those
+            of a GGUF file are dequantised), or a dict ``{"model_type": ..., ...}`` (random weights).
         vocab_size: vocabulary of models that are built here.
         seed: of the random weights.
         context: longest input; the positions of models that are built here are extended to it.
@@ -54,29 +58,73 @@ def load_causal_lm(
         BilectError: nothing found there, an unknown architecture, or a checkpoint that is broken or lacks weights.
     """
     if isinstance(spec, str) and spec not in PRESETS:
-        _check_directory("model", spec)
-        return _from_pretrained(
-            AutoModelForCausalLM,
-            "model",
-            spec,
-            f"a directory, a Hub name, or a preset: {', '.join(PRESETS)}",
-            dtype=torch.float32,
-            trust_remote_code=False,
-        )
+        place, file = _place("model", spec)
+        if not file:
+            return _from_pretrained(
+                AutoModelForCausalLM, "model", spec, place, _WANTED, dtype=torch.float32, trust_remote_code=False
+            )
+        with redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+            return _unquantised(
+                _from_pretrained(
+                    AutoModelForCausalLM, "model", spec, place, _WANTED, dtype=torch.float32, trust_remote_code=False,
+                    quantization_config=GgufConfig(dequantize=True), **file,
+                )
+            )  # fmt: skip
+    hf_config = _built("model", spec, vocab_size, context)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+
+
+def read_config(
+    spec: str | Mapping[str, Any], what: str = "model", *, vocab_size: int | None = None, context: int | None = None
+) -> PreTrainedConfig:
+    """The config of a model that ``load_causal_lm`` would load; no weights are read.
+
+    Args:
+        spec: of the model.
+        what: name of the setting, for messages.
+        vocab_size: of models that are built here.
+        context: of models that are built here.
+
+    Raises:
+        BilectError: nothing found there, or an unknown architecture.
+    """
+    if not isinstance(spec, str) or spec in PRESETS:
+        return _built(what, spec, vocab_size, context)
+    place, file = _place(what, spec)
+    try:
+        with _quiet():
+            return AutoConfig.from_pretrained(place, trust_remote_code=False, **file)
+    except Exception as error:  # a broken file makes transformers raise anything
+        raise BilectError(f"{what}: cannot load {spec!r}: {reason(error)} ({_WANTED})") from error
+
+
+def _unquantised(model: PreTrainedModel) -> PreTrainedModel:
+    """Without the marks of a quantised model: its weights are plain float32, to be trained and saved like any other."""
+    model.hf_quantizer, model.is_quantized = None, False
+    for config in (model.config, model.config.get_text_config()):
+        for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
+            vars(config).pop(name, None)
+    return model
+
+
+_WANTED = f"a directory, a Hub name, a .gguf file, or a preset: {', '.join(PRESETS)}"
+
+
+def _built(what: str, spec: str | Mapping[str, Any], vocab_size: int | None, context: int | None) -> PreTrainedConfig:
+    """The config of a preset or an inline config."""
     config = preset_config(spec, vocab_size) if isinstance(spec, str) else dict(spec)
     if "model_type" not in config:
-        raise BilectError("model: an inline config needs model_type, for instance {model_type: llama, ...}")
+        raise BilectError(f"{what}: an inline config needs model_type, for instance {{model_type: llama, ...}}")
     if vocab_size is not None:
         config["vocab_size"] = vocab_size
     if context is not None:
         config["max_position_embeddings"] = max(context, config.get("max_position_embeddings", 0))
     try:
-        hf_config = AutoConfig.for_model(**config)
+        return AutoConfig.for_model(**config)
     except (ValueError, KeyError) as error:
-        raise BilectError(f"model: {reason(error)}") from error
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+        raise BilectError(f"{what}: {reason(error)}") from error
 
 
 def load_score_model(path: Path) -> ScoreModel:
@@ -85,16 +133,16 @@ def load_score_model(path: Path) -> ScoreModel:
     Raises:
         BilectError: nothing found there, or a checkpoint that is broken or lacks weights.
     """
-    _check_directory("score model", str(path))
-    return _from_pretrained(ScoreModel, "score model", str(path), "a directory that a fit has written")
+    place, _ = _place("score model", str(path))
+    return _from_pretrained(ScoreModel, "score model", str(path), place, "a directory that a fit has written")
 
 
-def _from_pretrained(cls: Any, what: str, spec: str, wanted: str, **settings: Any) -> Any:
+def _from_pretrained(cls: Any, what: str, spec: str, place: str, wanted: str, **settings: Any) -> Any:
     """Load with every weight in its place: transformers would draw missing ones at random."""
     try:
         with _quiet():
             model, report = cls.from_pretrained(
-                os.path.expanduser(spec),
+                place,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
@@ -122,63 +170,43 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _check_directory(what: str, spec: str) -> None:
-    """A path that is none must not be taken for a Hub name."""
-    if spec.startswith((".", "/", "~")) and not Path(spec).expanduser().is_dir():
+def _place(what: str, spec: str) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` is given: directory or Hub name, and the GGUF file in it, where ``spec`` is one.
+
+    Raises:
+        BilectError: nothing is there: a path that is none must not be taken for a Hub name; or the extra is missing.
+    """
+    path = Path(spec).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise BilectError(f"{what}: no file {spec}")
+        if importlib.util.find_spec("gguf") is None:
+            raise BilectError(f"{what}: {spec}: GGUF files need the gguf library: pip install 'bilect[gguf]'")
+        return str(path.parent), {"gguf_file": path.name}
+    if spec.startswith((".", "/", "~")) and not path.is_dir():
         raise BilectError(f"{what}: no directory {spec}")
+    return os.path.expanduser(spec), {}
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a directory, a Hub name or a ``tokenizer.json`` file.
+    """A tokenizer from a directory, a Hub name, a ``tokenizer.json`` or a GGUF file.
 
     Raises:
         BilectError: none found there.
     """
-    tokenizer = _read_tokenizer(spec)
+    tokenizer = read_tokenizer(spec)
     if tokenizer.eos_token_id is None:
         raise BilectError(f"tokenizer: {spec} has no end-of-text token (eos_token)")
     return tokenizer
 
 
-def check_vocabulary(what: str, spec: str, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
-    """A pretrained model that brings a tokenizer must bring the run's: else its ids mean something else.
-
-    Args:
-        what: name of the setting, for the message.
-        spec: directory or Hub name of the model; without a tokenizer of its own nothing is compared.
-        tokenizer: of the run.
-        place: where that one lies.
-
-    Raises:
-        BilectError: the vocabularies differ, or the model's cannot be read.
-    """
-    folder = Path(spec).expanduser()
-    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return
-    try:
-        own = _read_tokenizer(spec)
-    except BilectError:
-        if folder.is_dir():
-            raise
-        return  # nothing on the Hub
-    if _vocabulary_hash(own) != _vocabulary_hash(tokenizer):
-        raise BilectError(f"{what}: the tokenizer of {spec} ({len(own)} tokens) differs from the run's in {place} "
-                          f"({len(tokenizer)} tokens); use models of one vocabulary, or set data.tokenizer={spec} and "
-                          "train the others anew")  # fmt: skip
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
-
-
-def _vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-def _read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+    """As ``load_tokenizer``, also without an end-of-text token."""
     try:
         if not spec.endswith(".json"):
-            _check_directory("tokenizer", spec)
-            return AutoTokenizer.from_pretrained(os.path.expanduser(spec), trust_remote_code=False)
+            place, file = _place("tokenizer", spec)
+            with _quiet():
+                return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **file)
         if not Path(spec).is_file():
             raise BilectError(f"tokenizer: no file {spec}")
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=spec)
@@ -189,6 +217,14 @@ def _read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
         tokenizer.eos_token = END_OF_TEXT
     return tokenizer
+
+
+def extend_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """Rows of the embeddings for tokens that were added to a tokenizer, such as padding, where the model has none."""
+    if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
+        with torch.random.fork_rng(), _quiet():
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
 def padded_vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -121,16 +121,21 @@ def choose(
     )
     folder, progress = Path(out).resolve(), progress or SilentProgress()
     records = run(config, folder, progress, command="select", number=1, repeat=repeat)
-    selected, scored = records[f"round 1: select {method}"], records["tokenise pool"]
+    selected = records[f"round 1: select {method}"]
     result = folder / "round-1"
+    sources = {name: {"pool_share": share, "kept_share": selected["kept_share_by_source"][name],
+                      "kept_fraction": selected["kept_fraction_by_source"][name]}
+               for name, share in selected["pool_share_by_source"].items()}  # fmt: skip
     chosen = Chosen(
-        folder, folder / "records", result / "selected" / "kept.parquet", result / "selected" / "dropped.parquet",
-        result / "scores", folder / "report.html", selected["documents"], selected["tokens"], scored["documents"],
-        scored["tokens"], selected["threshold"],
-        {name: {"pool_share": share, "kept_share": selected["kept_share_by_source"][name],
-                "kept_fraction": selected["kept_fraction_by_source"][name]}
-         for name, share in selected["pool_share_by_source"].items()},
-    )  # fmt: skip
+        out=folder,
+        records=folder / "records",
+        kept=result / "selected" / "kept.parquet",
+        dropped=result / "selected" / "dropped.parquet",
+        scores=result / "scores",
+        report=folder / "report.html",
+        sources=sources,
+        **{name: selected[name] for name in ("documents", "tokens", "pool_documents", "pool_tokens", "threshold")},
+    )
     if distributed.is_main():
         with locked(folder):
             _publish(result / "selected" / "records", chosen.records)

@@ -87,6 +87,8 @@ def select(run: RunContext, scratch: Path, arm: str, number: int) -> Figures:
     return {
         "tokens": chosen.tokens,
         "documents": chosen.documents,
+        "pool_tokens": chosen.pool_tokens,
+        "pool_documents": chosen.pool_documents,
         "threshold": chosen.threshold,
         "near_duplicates": chosen.near_duplicates,
         "kept_share_by_source": chosen.kept_share,

@@ -19,27 +19,25 @@ import fsspec
 import numpy as np
 import torch
 import zstandard
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bilect.bilevel.cost import fit_flops, selecting_flops
-from bilect.config import Config, SourceConfig, TrainConfig
+from bilect.config import Config, FitConfig, SourceConfig, TrainConfig
 from bilect.data.documents import Document, bad_record, read_input
 from bilect.data.sources import Input, inputs
-from bilect.errors import BilectError, reason
+from bilect.errors import BilectError
 from bilect.methods import methods_of
 from bilect.methods._score_model import ScoreModelMethod
 from bilect.methods.bliss import BilevelMethod
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
-from bilect.models.loading import load_causal_lm, load_tokenizer, padded_vocabulary, train_tokenizer
-from bilect.models.presets import PRESETS
+from bilect.models.loading import load_tokenizer, padded_vocabulary, read_config, train_tokenizer
 from bilect.models.score_model import ScoreModel, ScoreModelConfig
 from bilect.pipeline import texts
 from bilect.pipeline.context import RunContext
 from bilect.pipeline.directory import read_manifest
 from bilect.pipeline.stages import Command, Stage, stages, states, wanted, with_arms
 from bilect.pipeline.training import PROBE_DOCUMENTS
-from bilect.runtime import distributed
 from bilect.runtime.device import pick_device
 from bilect.runtime.progress import SilentProgress
 
@@ -60,6 +58,7 @@ class PlannedStage:
         tokens: it passes through a model, or tokenises.
         flops: floating-point operations.
         seconds: estimated.
+        batch: what a step learns from, over all ranks; empty where there are no steps.
     """
 
     name: str
@@ -67,6 +66,7 @@ class PlannedStage:
     tokens: int
     flops: float
     seconds: float
+    batch: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def plan_run(config: Config, out: Path, arms: Sequence[str] = (), command: Comma
     for stage in plan:
         tokens, flops, model = costs.of(stage)
         seconds = tokens / tokenise.speed if model is None else flops / speed[model]
-        lines.append(PlannedStage(stage.name, done[stage.name], int(tokens), flops, seconds))
+        lines.append(PlannedStage(stage.name, done[stage.name], int(tokens), flops, seconds, costs.batch(stage)))
     return lines
 
 
@@ -207,15 +207,9 @@ class _Costs:
 
     def _shape(self, spec: Any) -> PreTrainedModel:
         """The model without its weights."""
-        if isinstance(spec, str) and spec not in PRESETS:
-            try:
-                hf_config = AutoConfig.from_pretrained(spec, trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                raise BilectError(f"model: cannot load {spec!r}: {reason(error)}") from error
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(hf_config)
+        config = read_config(spec, vocab_size=self.vocabulary, context=self.config.data.context)
         with torch.device("meta"):
-            return load_causal_lm(spec, vocab_size=self.vocabulary, context=self.config.data.context)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
     def of(self, stage: Stage) -> tuple[float, float, str | None]:
         """Tokens, FLOPs and the model that sets the pace (None: the tokenizer) of a stage."""
@@ -249,10 +243,21 @@ class _Costs:
             return tokens, forward_flops(self.target, tokens, self.pool.length), "target"
         return 0.0, 0.0, "target"
 
+    def batch(self, stage: Stage) -> str:
+        """The global batch of a stage, in words."""
+        config, fit = self.config, getattr(self.methods.get(stage.arm), "config", None)
+        trained = {"warm up proxy": config.warmup.proxy, "warm up target": config.warmup.target}
+        settings = config.training if stage.kind == "train" else trained.get(stage.name)
+        if settings is not None:
+            return f"{settings.batch_size} x {config.data.context} tokens" if settings.steps else ""
+        if stage.kind == "fit" and isinstance(fit, FitConfig):
+            return f"{fit.lower_batch_size} + {fit.upper_batch_size} documents"
+        return ""
+
     def _training(self, settings: TrainConfig, role: str) -> tuple[float, float, str]:
         model = self.proxy if role == "proxy" else self.target
         steps = settings.steps + (settings.decay_steps if role == "target" else 0)
-        tokens = float(steps * settings.batch_size * self.config.data.context * distributed.world_size())
+        tokens = float(steps * settings.batch_size * self.config.data.context)
         return tokens, 3 * forward_flops(model, tokens, self.config.data.context), role
 
     def _selecting(self, arm: str, tokens: float) -> float:
@@ -261,9 +266,9 @@ class _Costs:
         if online is None:
             return 0.0
         every = online.sync_every if isinstance(online.sync_every, int) else min(online.sync_every.values())
-        batch_tokens = settings.batch_size // settings.gradient_accumulation * context * distributed.world_size()
+        batch_tokens = settings.batch_size // settings.gradient_accumulation * context
         synchronisations = math.ceil((settings.steps + settings.decay_steps) / every) if online.method == "blade" else 1
-        upper_tokens = online.upper_batch_size * distributed.world_size() * self.upper.length
+        upper_tokens = online.upper_batch_size * self.upper.length
         return selecting_flops(
             online,
             self.target,

@@ -7,7 +7,7 @@ An arm is a method: the one that the run is about, and its controls. A stage is 
 what each does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from bilect.config import Config
 from bilect.errors import BilectError
 from bilect.methods import methods_of
 from bilect.methods.contract import DocumentMethod
+from bilect.models.checks import check_models
 from bilect.pipeline import texts
 from bilect.pipeline.changes import check_repeats
 from bilect.pipeline.context import RunContext
@@ -119,7 +120,9 @@ def _carry_out(
 ) -> dict[str, Any]:
     config, out, main = context.config, context.root, distributed.is_main()
     plan = stages(context, inputs)
-    chosen = plan if command == "run" else wanted(plan, states(plan, directory.manifest), command, number, arms)
+    done = states(plan, directory.manifest)
+    chosen = plan if command == "run" else wanted(plan, done, command, number, arms)
+    _check_models(context, {s.name for s in chosen if not done[s.name]})
     check_repeats(out, directory.manifest, chosen, inputs, repeat=repeat)
     directory.manifest["inputs"] = inputs
     if main:
@@ -138,6 +141,16 @@ def _carry_out(
         write_report(out)
     distributed.barrier()
     return summary
+
+
+def _check_models(context: RunContext, left: Set[str]) -> None:
+    """What can be wrong with a model, before any stage begins; of a role that is warm already nothing is needed."""
+    config = context.config
+    models = {
+        f"models.{role}": getattr(config.models, role) for role in ("proxy", "target") if f"warm up {role}" in left
+    }
+    given = texts.given_tokenizer(config)
+    check_models(models, given, context=config.data.context, place=given or str(context.root / "tokenizer"))
 
 
 def states(plan: Sequence[Stage], manifest: Mapping[str, Any]) -> dict[str, bool]:

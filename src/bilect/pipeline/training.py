@@ -15,9 +15,9 @@ from bilect.data.loading import UpperBatches
 from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
 from bilect.methods import methods_of
+from bilect.models.checks import check_models
 from bilect.models.flops import forward_flops
-from bilect.models.loading import check_vocabulary, load_causal_lm, padded_vocabulary
-from bilect.models.presets import PRESETS
+from bilect.models.loading import extend_vocabulary, load_causal_lm, padded_vocabulary
 from bilect.pipeline.choosing import SAVED, documents_of
 from bilect.pipeline.context import Figures, RunContext
 from bilect.pipeline.last_good import keep_last_good
@@ -39,12 +39,10 @@ def warm_up(run: RunContext, scratch: Path, role: str) -> Figures:
     settings = run.config.warmup.proxy if role == "proxy" else run.config.warmup.target
     vocabulary = padded_vocabulary(run.tokenizer)
     seed = derive_seed(run.config.seed, "initial", role)
-    if isinstance(spec, str) and spec not in PRESETS:
-        check_vocabulary(f"models.{role}", spec, run.tokenizer, str(run.root / "tokenizer"))
-    model = load_causal_lm(spec, vocab_size=vocabulary, seed=seed, context=run.config.data.context)
-    if model.get_input_embeddings().weight.shape[0] < len(run.tokenizer):
-        raise BilectError(f"models.{role}: its vocabulary of {model.get_input_embeddings().weight.shape[0]} is smaller "
-                          f"than the tokenizer's {len(run.tokenizer)}")  # fmt: skip
+    context = run.config.data.context
+    check_models({f"models.{role}": spec}, run.tokenizer, context=context, place=str(run.root / "tokenizer"))
+    model = load_causal_lm(spec, vocab_size=vocabulary, seed=seed, context=context)
+    extend_vocabulary(model, run.tokenizer, seed)
     out = scratch / "warmup" / role
     if not settings.steps:  # a pretrained model that is taken as it is
         run.save(model, out)
@@ -94,7 +92,7 @@ def _online(run: RunContext, arm: str) -> Online | None:
     config = config.model_copy(update={"seed": derive_seed(run.config.seed, "online", config.seed)})
     upper = None
     if config.needs_upper_data:
-        sets, size = run.upper_sets(), config.upper_batch_size * distributed.world_size()
+        sets, size = run.upper_sets(), config.upper_batch_size
         seed = derive_seed(run.config.seed, "online upper")
         upper = UpperBatches([s for _, _, s in sets], [w for _, w, _ in sets], size, run.pad_id, seed)
     return Online(config, upper, lambda token: str(run.tokenizer.decode([token])))

@@ -64,7 +64,7 @@ def of_selections(folders: Mapping[str, Path], deciles: Sequence[float], pools: 
             pairs.append({"arm": n, "both": both, "first": first - both, "other": other - both, "sides": sides})
         ids = list(dict.fromkeys([*picked, *(i for pair in pairs for side in pair["sides"] for i in side)]))
         db.execute("CREATE TABLE wanted AS SELECT unnest(?::VARCHAR[]) AS doc_id", [ids])
-        found_in = {}
+        found_in: dict[str, tuple[Any, ...]] = {}
         for n in reversed(range(len(arms))):  # one that the first did not score has the other's source and length
             score = f"score, {tenth}, reason" if n == 0 else "NULL, NULL, NULL"
             query = f"SELECT doc_id, source, n_tokens, {score} FROM arm{n} SEMI JOIN wanted USING (doc_id)"

@@ -76,8 +76,8 @@ def _chosen(run: RunFiles) -> str:
 def _uncertainty(run: RunFiles) -> str:
     """What is known of the sampling error; of other seeds, one run knows nothing."""
     seeds = (
-        "One run with one seed: differences of this kind vary from seed to seed; repeat the run with other seeds before "
-        "relying on this one."
+        "One run with one seed: differences of this kind vary from seed to seed; repeat the run with other seeds "
+        "before relying on this one."
     )
     number_of = max((r.number for r in run.rounds), default=1)
     ours, random = (document_losses(run, arm, number_of) for arm in (run.main, "random"))

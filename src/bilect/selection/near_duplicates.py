@@ -25,7 +25,7 @@ from bilect.data.cache import file_hash
 from bilect.data.store import TokenStore
 from bilect.runtime.files import content_hash
 
-__all__ = ["band_rows", "cluster_file", "signatures", "within_cap"]
+__all__ = ["band_rows", "cluster_file", "signatures"]
 
 VALUES, WORDS, SEED = 128, 5, 0
 RECALL = 0.99  # of the bands: chance that a pair just at the similarity is looked at
@@ -101,18 +101,6 @@ def band_rows(similarity: float) -> int:
     probability 1 - (1 - s^r)^b of ``RECALL`` or more."""
     fit = [r for r in range(1, VALUES + 1) if 1 - (1 - similarity**r) ** (VALUES // r) >= RECALL]
     return max(fit, default=1)
-
-
-def within_cap(doc_ids: list[str], clusters: Path, cap: int) -> np.ndarray:
-    """Which of some documents, in order of preference, are among the first ``cap`` of their cluster: (D,) booleans."""
-    table = pq.ParquetFile(clusters).read()  # unlike read_table, takes nothing of the path for a column
-    place = pc.index_in(pa.array(doc_ids, pa.string()), table["doc_id"].combine_chunks())
-    cluster_D = np.asarray(pc.fill_null(table["cluster"].combine_chunks().take(place), -1))
-    order = np.argsort(cluster_D, kind="stable")
-    first = np.searchsorted(cluster_D[order], cluster_D[order])  # where its cluster starts in this order
-    nth_D = np.empty(len(order), np.int64)
-    nth_D[order] = np.arange(len(order)) - first
-    return (nth_D < cap) | (cluster_D < 0)
 
 
 def _labels(signature_DV: np.ndarray, similarity: float) -> np.ndarray:

@@ -17,6 +17,7 @@ from bilect.config import TrainConfig
 from bilect.config.online import BladeConfig
 from bilect.data.loading import PackedWindows, UpperBatches
 from bilect.data.tokens import TokenStore
+from bilect.errors import BilectError
 from bilect.models.flops import forward_flops
 from bilect.runtime import distributed
 from bilect.runtime.checkpoints import load_state
@@ -33,10 +34,11 @@ from bilect.training.trainer import (
     newest_checkpoint,
 )
 
-__all__ = ["NotANumberError", "Online", "forget_training", "train"]
+__all__ = ["NotANumberError", "Online", "forget_training", "per_rank_batch", "train"]
 
 OPTIMIZER_FILE = "optimizer.pt"
 SELECTOR_FILE = "selector-{rank}.pt"
+ONLINE_FILE = "online.json"  # beside it, once the selection's states are there
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def train(
     """
     steps = config.decay_steps if decay else config.steps
     state_file = None if start_from is None else start_from / OPTIMIZER_FILE
-    per_rank = config.batch_size // config.gradient_accumulation
-    n_windows = steps * config.batch_size * distributed.world_size()
+    per_rank = per_rank_batch(config.batch_size, config.gradient_accumulation)
+    n_windows = steps * config.batch_size
     windows = PackedWindows(store, rows, context, n_windows, seed, weight_R, label_sources=online is not None)
     warmup_steps = 0 if state_file is not None else int(config.warmup_ratio * steps)
     if decay:
@@ -163,7 +165,7 @@ def train(
         if state_file is not None and checkpoint is None:
             trainer.optimizer_state = load_state(state_file, remedy)
         before = None if state_file is None else state_file.with_name(SELECTOR_FILE.format(rank=distributed.rank()))
-        if selector is not None and before is not None and before.is_file():
+        if selector is not None and before is not None and before.with_name(ONLINE_FILE).is_file():
             carried = load_state(before, remedy)
             if checkpoint is None:
                 selector.load_state_dict(carried)
@@ -186,7 +188,7 @@ def train(
         if not decay:
             torch.save(selector.state_dict(), folder / SELECTOR_FILE.format(rank=distributed.rank()))
             if distributed.is_main():
-                write_json(folder / "online.json", _account(online, selector))
+                write_json(folder / ONLINE_FILE, _account(online, selector))
         world = distributed.world_size()
         made = selector.synchronisations - carried.get("synchroniser", {}).get("count", 0)
         upper_tokens = online.upper.tokens if online.upper is not None else 0
@@ -200,6 +202,21 @@ def train(
         "loss": history[-1]["loss"] if history else None,
         "curve_seconds": round(measuring.seconds, 3) if measuring is not None else 0.0,
     }
+
+
+def per_rank_batch(batch_size: int, gradient_accumulation: int = 1, name: str = "batch_size") -> int:
+    """Sequences of one micro-batch on one rank, from those of a step.
+
+    Raises:
+        BilectError: they do not divide evenly.
+    """
+    parts = distributed.world_size() * gradient_accumulation
+    if batch_size % parts:
+        nearest = max(round(batch_size / parts), 1) * parts
+        raise BilectError(f"{name}: a step of {batch_size} sequences does not divide into {distributed.world_size()} "
+                          f"ranks x {gradient_accumulation} micro-batches (gradient_accumulation); set {nearest}"
+                          )  # fmt: skip
+    return batch_size // parts
 
 
 def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:

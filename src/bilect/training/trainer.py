@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from bilect.data.batch import IGNORE
 from bilect.errors import BilectError
 from bilect.functional.losses import weighted_token_loss
-from bilect.integrations.trainer import BladeTrainer
+from bilect.integrations.trainer import BladeTrainer, check_complete
 from bilect.models.causal_lm import CausalLM
 from bilect.runtime import distributed
 from bilect.runtime.checkpoints import all_finite, check_readable
@@ -160,6 +160,7 @@ class OptimizerTrainer(Trainer):
             save_model(self._causal_lm, str(folder / WEIGHTS_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_complete(self, resume_from_checkpoint, [WEIGHTS_FILE])
         load_model(self._causal_lm, Path(resume_from_checkpoint) / WEIGHTS_FILE, device=str(self.args.device))
 
     @property

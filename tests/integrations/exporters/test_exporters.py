@@ -73,7 +73,7 @@ RECORDS = [
 
 
 def test_every_module_is_an_exporter():
-    assert exporters.names() == ["doc-ids", "hf-datasets", "jsonl-zst", "litdata", "mds", "megatron", "parquet"]
+    assert exporters.names() == ["doc-ids", "hf-datasets", "jsonl-zst", "mds", "megatron", "parquet"]
     assert all(callable(exporters.get(name)) and exporters.summary(name) for name in exporters.names())
 
 
@@ -165,15 +165,6 @@ def test_mosaicml_streaming_reads_it(selection, tmp_path):
     found = streaming.LocalDataset(str(tmp_path / "out"))
     wanted = [{n: r[n] for n in ("doc_id", "score", "source", "text")} for r in RECORDS]
     assert [dict(found[i]) for i in range(len(found))] == wanted
-
-
-def test_litdata_reads_it(selection, tmp_path):
-    litdata = pytest.importorskip("litdata", reason="bilect[litdata] is not installed")
-    from litdata.streaming.item_loader import TokensLoader
-
-    export(selection, "litdata", tmp_path / "out")
-    found = litdata.StreamingDataset(str(tmp_path / "out"), item_loader=TokensLoader(block_size=3), shuffle=False)
-    assert [found[i].tolist() for i in range(3)] == [[0, 5, 6], [7, 0, 9], [0, 300, 5]]
 
 
 def test_a_missing_library_is_named_with_its_extra(selection, tmp_path, monkeypatch):

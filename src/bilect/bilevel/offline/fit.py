@@ -20,7 +20,6 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from bilect.bilevel.cost import measures_norm
 from bilect.bilevel.objective import (
     Objective,
     TargetOnBatch,
@@ -30,6 +29,8 @@ from bilect.bilevel.objective import (
     target_on_batch,
     upper_objective,
 )
+from bilect.bilevel.offline import solvers
+from bilect.bilevel.offline.solvers import System
 from bilect.bilevel.offline.twins import Twins
 from bilect.config import FitConfig
 from bilect.data.batch import Batch
@@ -37,10 +38,10 @@ from bilect.data.loading import BatchStream
 from bilect.errors import BilectError
 from bilect.functional import linear_solve
 from bilect.functional.hypergradient import penalty_values, score_gradient
-from bilect.functional.linear_solve import Solution, relative_residual
+from bilect.functional.linear_solve import relative_residual
 from bilect.functional.trees import Tree
 from bilect.functional.weights import document_weights, effective_sample_size, robust_standardise, weight_entropy
-from bilect.models.causal_lm import CausalLM
+from bilect.models.causal_lm import CausalLM, share_vocabulary
 from bilect.models.score_model import ScoreModel
 from bilect.runtime import distributed
 from bilect.runtime.device import autocast
@@ -78,13 +79,14 @@ class BilevelFit:
     ) -> None:
         if config.learn == "regression" and score_model.config.head != "linear":
             raise BilectError("fit.learn: the labels of a regression are not bounded; set models.score_head=linear")
-        self.config = config
+        self.config, self.solver = config, solvers.get(config.solver)
         self.proxy = CausalLM(proxy)
         self.score_model = score_model.eval()  # no dropout: a score is a function of the document
         self.target = None
         if target is not None and config.kl_coef > 0:
             # frozen, so cast once instead of at every pass
             self.target = CausalLM(target.to(torch.bfloat16) if config.bf16 else target)
+            share_vocabulary(self.proxy, self.target)
         self.lower, self.upper = lower, upper
         self.upper_sets = dict(upper_sets or {"": 1.0})
         self.params = self.proxy.params()
@@ -205,7 +207,7 @@ class BilevelFit:
     def _many_gradients(self) -> bool:
         """Whether a lower batch sees more gradients than the inner step's: Hessian products by differences."""
         config = self.config
-        solves = config.hypergradient == "implicit" and config.solver in ("neumann", "cg", "sgd")
+        solves = config.hypergradient == "implicit" and self.solver.products(config) > 0
         forward = config.kl_direction == "target_to_proxy"
         return forward and ((solves and config.hvp != "exact") or config.inner_steps > 2)
 
@@ -224,12 +226,11 @@ class BilevelFit:
         params: Tree = {k: v.detach() for k, v in self.params.items()}
         upper = self._upper().gradient(params, config.bf16)
         hvp = lower.hvp(params, config.hvp)
-        if measures_norm(config) and (self.hessian_norm is None or self.steps_done % config.log_every == 0):
+        if self.solver.measures_norm(config) and (self.hessian_norm is None or self.steps_done % config.log_every == 0):
             self.hessian_norm = linear_solve.spectral_norm(hvp, upper.tree)
-        damping = config.damping
-        if damping is None:
-            damping = linear_solve.CG_DAMPING * cast(float, self.hessian_norm) if config.solver == "cg" else 0.0
-        solution = self._solve(hvp, upper.tree, damping)
+        damping, eps = self.solver.damping(config, self.hessian_norm), self.proxy_optimizer.defaults["eps"]
+        system = System(hvp, upper.tree, damping, self.hessian_norm, self._second_moment, eps)
+        solution = self.solver.solve(system, config)
         residual = solution.residual
         if residual is None and self.steps_done % config.log_every == 0:
             residual = relative_residual(hvp, upper.tree, solution.z, damping)
@@ -247,20 +248,6 @@ class BilevelFit:
             name: part * total / weight for (name, weight), part in zip(self.upper_sets.items(), loss_S, strict=False)
         }
         return {"upper_loss": loss, **({"upper_loss_by_set": by_set} if by_set else {})}
-
-    def _solve(self, hvp: Any, b: Tree, damping: float) -> Solution:
-        config = self.config
-        if config.solver == "identity":
-            return linear_solve.identity(b)
-        if config.solver == "adam":
-            return linear_solve.adam(b, self._second_moment(), self.proxy_optimizer.defaults["eps"])
-        if config.solver == "neumann":
-            step_size = config.solver_step_size or 1 / max(cast(float, self.hessian_norm) + damping, 1e-30)
-            return linear_solve.neumann(hvp, b, steps=config.solver_steps, step_size=step_size, damping=damping)
-        if config.solver == "cg":
-            return linear_solve.cg(hvp, b, steps=config.solver_steps, damping=damping)
-        step_size = config.solver_step_size or linear_solve.SGD_STEP_SIZE
-        return linear_solve.sgd(hvp, b, steps=config.solver_steps, step_size=step_size, damping=damping)
 
     def _second_moment(self) -> Tree:
         beta = self.proxy_optimizer.defaults["betas"][1]

@@ -13,22 +13,31 @@
 Figures are of the batch of all ranks, documents of this rank's. BLADE, arXiv 2606.18650, figures 2 to 4.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bilect.bilevel.online.reference import distance
+from bilect.bilevel.online.reference import Reference, distance
 from bilect.bilevel.online.token_loss import TokenBatch, TokenForward
 from bilect.runtime import distributed
-
-if TYPE_CHECKING:
-    from bilect.bilevel.online.selector import OnlineTokenSelector
 
 __all__ = ["QUANTILES", "Watcher"]
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 DOCUMENTS, TOKENS_SHOWN = 2, 256
+
+
+class Selecting(Protocol):
+    """What is watched."""
+
+    steps: int
+    selection: Literal["excess", "random"]
+
+    @property
+    def reference(self) -> Reference | None: ...
+
+    def select(self, tokens: TokenBatch) -> Tensor: ...
 
 
 class Watcher:
@@ -59,7 +68,7 @@ class Watcher:
         }
 
     @torch.no_grad()
-    def look(self, selector: "OnlineTokenSelector", tokens: TokenBatch, delta_N: Tensor | None, mask_N: Tensor) -> None:
+    def look(self, selector: Selecting, tokens: TokenBatch, delta_N: Tensor | None, mask_N: Tensor) -> None:
         """Add an entry, if one is due and the batch was selected from."""
         if selector.steps % self.every or delta_N is None:
             return
@@ -87,7 +96,7 @@ class Watcher:
         entry["documents"] = _documents(tokens, delta_N, mask_N)
         self.seen.append(entry)
 
-    def _agreement(self, selector: "OnlineTokenSelector", tokens: TokenBatch) -> float | None:
+    def _agreement(self, selector: Selecting, tokens: TokenBatch) -> float | None:
         if selector.selection == "random":
             return None
         if self._probe is None:

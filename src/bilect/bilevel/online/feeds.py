@@ -1,16 +1,20 @@
 """Where the reference's batches come from: loaders that never end, and never touch the caller's random state."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from bilect.errors import BilectError
+from bilect.bilevel.online.token_loss import TokenBatch
+from bilect.data.batch import IGNORE
+from bilect.errors import BilectError, reason
+from bilect.models.checks import positions
 
-__all__ = ["Feed"]
+__all__ = ["Feed", "check_batch"]
 
 
 class Feed:
@@ -31,6 +35,23 @@ class Feed:
         self.passes, self.drawn = 0, 0
         self._iterator: Iterator[Any] | None = None
         self._random: Any = None
+        self._ahead: list[Any] = []  # looked at, and not handed out
+
+    def peek(self) -> Any:
+        """The next batch, which the next call gives.
+
+        Raises:
+            BilectError: as the call does, or the loader cannot make a batch.
+        """
+        if not self._ahead:
+            try:
+                self._ahead.append(self._draw())
+            except BilectError:
+                raise
+            except Exception as error:  # anybody's data set and collator
+                raise BilectError(f"{self.name}: cannot make a batch of it: {type(error).__name__}: {reason(error)}"
+                                  ) from error  # fmt: skip
+        return self._ahead[0]
 
     def __call__(self) -> Any:
         """The next batch.
@@ -38,6 +59,11 @@ class Feed:
         Raises:
             BilectError: the loader is empty, or can be read only once and ended.
         """
+        batch = self._ahead.pop() if self._ahead else self._draw()
+        self.drawn += 1
+        return batch
+
+    def _draw(self) -> Any:
         with self._own_random():
             if self._iterator is None:
                 self._iterator = self._begin()
@@ -53,7 +79,6 @@ class Feed:
                 if batch is None:
                     raise BilectError(f"{self.name} ended and cannot be read again; pass a list or a DataLoader"
                                       ) from None  # fmt: skip
-            self.drawn += 1
             return batch
 
     def _begin(self) -> Iterator[Any]:
@@ -82,9 +107,47 @@ class Feed:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where the state was taken: the pass begins again and what was drawn is skipped."""
-        self.passes, self.drawn, self._iterator, self._random = state["passes"], 0, None, None
+        if self.passes or self.drawn or state["passes"]:  # else the batch looked at stays the first
+            self._iterator, self._random = None, None
+            self._ahead.clear()
+        self.passes, self.drawn = state["passes"], 0
         for _ in range(state["drawn"]):
             self()
+
+
+def check_batch(feed: Feed, model: Any) -> None:
+    """Look at the next batch of a feed: all that would stop the model at it is told now.
+
+    Raises:
+        BilectError: no batch, no labels, nothing learned, ids or positions that the model has not, or columns that it
+            does not take.
+    """
+    batch = feed.peek()
+    if not isinstance(batch, Mapping):
+        raise BilectError(f"{feed.name}: its batches must be mappings with input_ids and labels, not "
+                          f"{type(batch).__name__}")  # fmt: skip
+    if odd := [k for k in ("input_ids", "labels") if k in batch and not isinstance(batch[k], Tensor)]:
+        raise BilectError(f"{feed.name}: {odd[0]} of a batch must be a tensor, not {type(batch[odd[0]]).__name__}; "
+                          "give a data collator that pads")  # fmt: skip
+    try:
+        tokens = TokenBatch.of(batch)
+    except BilectError as error:
+        raise BilectError(f"{feed.name}: {error}") from error
+    if odd := [k for k, v in tokens.inputs.items() if not isinstance(v, Tensor | int | float | None)]:
+        raise BilectError(f"{feed.name}: the model takes no {odd[0]}, of which a batch has "
+                          f"{type(tokens.inputs[odd[0]]).__name__}; leave the column out")  # fmt: skip
+    if tokens.n == 0:
+        raise BilectError(f"{feed.name}: nothing in its first batch is learned: all its labels are {IGNORE}")
+    ids_BT, config = tokens.inputs["input_ids"], model.config.get_text_config()
+    if not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < config.vocab_size:
+        raise BilectError(f"{feed.name}: a batch has id {int(ids_BT.max())}, the model {config.vocab_size} ids; is it "
+                          "the model's tokenizer?")  # fmt: skip
+    longest, width = positions(model.config), tokens.shape[1]
+    if isinstance(position_BT := tokens.inputs.get("position_ids"), Tensor):  # several examples in one row
+        width = int(position_BT.max()) + 1
+    if longest is not None and width > longest:
+        raise BilectError(f"{feed.name}: a batch has {width} tokens in a row, the model {longest} positions; "
+                          "shorten its examples")  # fmt: skip
 
 
 def _states() -> tuple[Any, Any, Any]:

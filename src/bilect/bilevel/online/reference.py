@@ -4,19 +4,23 @@ Every ``sync_every`` training steps (BLADE, arXiv 2606.18650, section 3)
 
     w <- u;   K steps of a fresh AdamW on   H(w) = L_val(w) + lambda * L_tr(alpha, w);   then w is frozen
 
+u in half precision would hardly move: its weights are further apart than a step is long. So w takes its steps in
+float32, with matrix products in bfloat16, and is brought to the dtype of u when it is frozen.
+
 L_val is the mean loss of an upper batch's learned tokens, L_tr that of a lower batch's selected tokens, both over all
 ranks. The matched twin m takes the same steps without L_val.
 """
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bilect.bilevel.online.token_loss import TokenBatch, TokenForward, unwrap
+from bilect.bilevel.online.token_loss import TokenBatch, TokenForward
+from bilect.bilevel.online.wrappers import unwrap
 from bilect.errors import BilectError
 from bilect.runtime import distributed
 
@@ -49,7 +53,7 @@ class Reference:
         model: what the losses are asked of; in evaluation mode from here on, so no step draws random numbers.
         learning_rate: of its AdamW.
         grad_clip: greatest gradient norm.
-        dtype: of its parameters while it is frozen; None for its own.
+        dtype: of its parameters while it is frozen; None for its own. Its steps are taken in float32 or better.
         offload: keep its parameters in the CPU's memory while it is not used.
     """
 
@@ -66,7 +70,9 @@ class Reference:
         self.forward = TokenForward(model)
         self.learning_rate, self.grad_clip, self.dtype = learning_rate, grad_clip, dtype
         self.own = {k: p for k, p in self.forward.base.named_parameters() if p.requires_grad}
-        self._full_dtype = {k: p.dtype for k, p in self.own.items()}
+        self._given_dtype = {k: p.dtype for k, p in self.own.items()}
+        self._full_dtype = {k: torch.promote_types(p.dtype, torch.float32) for k, p in self.own.items()}
+        self._half = self._full_dtype != self._given_dtype
         self._device = next(iter(self.forward.base.parameters())).device
         self.offload = offload and self._device.type != "cpu"
         self.sharded = any(distributed.is_sharded(p) for p in self.own.values())
@@ -78,7 +84,14 @@ class Reference:
 
     @torch.no_grad()
     def follow(self, base: nn.Module) -> None:
-        """``w <- u`` and a fresh AdamW; then ``step``, then ``freeze``."""
+        """``w <- u`` and a fresh AdamW; then ``step``, then ``freeze``.
+
+        Raises:
+            BilectError: a sharded reference in half precision.
+        """
+        if self.sharded and self._half:
+            raise BilectError("a sharded reference needs float32 parameters to learn: build it in float32, with "
+                              "MixedPrecisionPolicy(param_dtype=torch.bfloat16) in fully_shard")  # fmt: skip
         self._place(self._full_dtype, self._device)
         distributed.reshard(base)
         source = dict(base.named_parameters())
@@ -97,7 +110,8 @@ class Reference:
         """
         assert self.optimizer is not None, "follow() comes first"
         for batch, weight_N in terms:
-            with torch.enable_grad():
+            mixed = torch.autocast(self._device.type, torch.bfloat16) if self._half else nullcontext()
+            with torch.enable_grad(), mixed:
                 loss = self.forward.loss(self.model, batch, weight_N)
                 with torch.autocast(loss.device.type, enabled=False):
                     loss.backward()
@@ -114,7 +128,7 @@ class Reference:
     def freeze(self) -> None:
         """No optimiser any more; in the dtype and the place of a frozen reference."""
         self.optimizer = None
-        self._place(self.dtype, torch.device("cpu") if self.offload else self._device)
+        self._place(self.dtype or self._given_dtype, torch.device("cpu") if self.offload else self._device)
 
     def losses(self, batch: TokenBatch) -> Tensor:
         """Loss of every learned token under w, (N,) without gradient."""

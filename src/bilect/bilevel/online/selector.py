@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from bilect.bilevel.online.choice import Granularity, Scope, choose, spread, token_mean
 from bilect.bilevel.online.diagnostics import Watcher
 from bilect.bilevel.online.reference import Reference
-from bilect.bilevel.online.synchroniser import Given, Synchroniser, make_reference
-from bilect.bilevel.online.token_loss import TokenBatch, TokenForward, evaluating, unwrap
+from bilect.bilevel.online.synchroniser import Given, Synchroniser, fixed_reference
+from bilect.bilevel.online.token_loss import TokenBatch, TokenForward, evaluating
+from bilect.bilevel.online.wrappers import unwrap
 from bilect.errors import BilectError
 from bilect.functional.frank_wolfe import alpha_gradient, kept_count
 from bilect.runtime import distributed
@@ -37,8 +38,10 @@ class OnlineTokenSelector:
     dropout (its forward pass is the one that trains) and w without.
 
     Args:
-        model: any Hugging Face causal LM; DDP, FSDP2, torch.compile and PEFT around it are fine. Never modified.
-        upper_loader: batches of the target set (this rank's part), read over and over; see ``Feed``. Not needed where
+        model: any Hugging Face causal LM; DDP, FSDP2, ZeRO-1 and 2, torch.compile and PEFT around it are fine. Never
+            modified.
+        upper_loader: batches of the target set (this rank's part), read over and over; see ``Feed``. The first is drawn
+            here, to see that the model can take it. Not needed where
             no reference is trained: keep_ratio 1, selection "random", or a fixed reference.
         keep_ratio: fraction of the learned tokens (or sequences) that is kept, in (0, 1], or a function of the step.
             The constant 1.0 gives ``model(**batch).loss``, bit for bit, and nothing else.
@@ -60,7 +63,7 @@ class OnlineTokenSelector:
             batches, at most K, with the selections made on them, which are those of the outgoing reference.
         reference_learning_rate: of the reference's AdamW; the model's own, or less.
         reference_grad_clip: greatest gradient norm of the reference.
-        reference_dtype: of the frozen reference, such as torch.bfloat16; it is trained in the model's.
+        reference_dtype: of the frozen reference, such as torch.bfloat16; None: the model's. It is trained in float32.
         offload: keep the reference's weights in the CPU's memory between uses.
         diagnose_every: steps between entries of ``diagnostics``; None for none.
         oracle: a strong model whose loss on the selected tokens the diagnostics report.
@@ -100,26 +103,11 @@ class OnlineTokenSelector:
         seed: int = 0,
         on_reference_step: Callable[["OnlineTokenSelector"], None] | None = None,
     ) -> None:
-        if not callable(keep_ratio):
-            kept_count(0, keep_ratio)  # its range
-        for name, value, low in (
-            ("reference_steps", reference_steps, 1),
-            ("warmup_steps", warmup_steps, 0),
-            ("sync_every", 1 if sync_every is None or callable(sync_every) else sync_every, 1),
-            ("diagnose_every", 1 if diagnose_every is None else diagnose_every, 1),
-            ("penalty", penalty, 0),
-            ("reference_learning_rate", reference_learning_rate, 0),
-        ):
-            if value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
-        for name, choice, known in (
-            ("granularity", granularity, get_args(Granularity)),
-            ("scope", scope, get_args(Scope)),
-            ("baseline", baseline, ("model", "matched")),
-            ("selection", selection, ("excess", "random")),
-        ):
-            if choice not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {choice!r}")
+        _check_settings(
+            keep_ratio=keep_ratio, sync_every=sync_every, reference_steps=reference_steps, penalty=penalty,
+            granularity=granularity, scope=scope, baseline=baseline, selection=selection, warmup_steps=warmup_steps,
+            reference_learning_rate=reference_learning_rate, diagnose_every=diagnose_every,
+        )  # fmt: skip
         self.keep_ratio = keep_ratio
         self.granularity, self.scope, self.baseline, self.selection = granularity, scope, baseline, selection
         self.on_reference_step = on_reference_step
@@ -132,23 +120,21 @@ class OnlineTokenSelector:
         self._full = keep_ratio == 1.0
         if self._full:
             return
+
         self._forward = TokenForward(model)
         self._generator = torch.Generator().manual_seed(seed + 7919 * distributed.rank())
         if diagnose_every is not None:
             self._watcher = Watcher(self._forward, diagnose_every, oracle)
+        options: dict[str, Any] = {
+            "learning_rate": reference_learning_rate, "grad_clip": reference_grad_clip, "dtype": reference_dtype,
+            "offload": offload,
+        }  # fmt: skip
         if selection == "random":
             return
-        options: dict[str, Any] = {
-            "learning_rate": reference_learning_rate,
-            "grad_clip": reference_grad_clip,
-            "dtype": reference_dtype,
-            "offload": offload,
-        }
         if sync_every is None and reference is not None:
             if baseline == "matched":
                 raise ValueError("baseline='matched' needs synchronisations: set sync_every")
-            self._fixed = make_reference(reference, model, self._forward, options)
-            self._fixed.freeze()
+            self._fixed = fixed_reference(reference, model, self._forward, options)
             return
         if upper_loader is None:
             raise BilectError("upper_loader: the reference is trained on upper data; give it, or a fixed reference")
@@ -184,8 +170,9 @@ class OnlineTokenSelector:
         if self._full:
             loss: Tensor = model(**{k: v for k, v in batch.items() if k != "source"}).loss
             return loss
-        if unwrap(model) is not self._forward.base:
-            raise BilectError("the selector was made for another model; make one for this")
+        if (base := unwrap(model)) is not self._forward.base:
+            raise BilectError(f"the selector was made for another model than this {type(base).__name__}; make one "
+                              "for this")  # fmt: skip
         tokens = TokenBatch.of(batch)
         if self._synchroniser is not None and self._batches == 0 and self._synchroniser.due(self.steps):
             self._synchronise(self._synchroniser, model)
@@ -305,3 +292,26 @@ class OnlineTokenSelector:
             self._watcher.load_state_dict(state["watcher"])
         if self._synchroniser is not None:
             self._synchroniser.load_state_dict(state["synchroniser"])
+
+
+def _check_settings(
+    *, keep_ratio: Any, sync_every: Any, diagnose_every: int | None, granularity: str, scope: str, baseline: str,
+    selection: str, **numbers: float,
+) -> None:  # fmt: skip
+    """Raise ValueError for a setting out of its range."""
+    if not callable(keep_ratio):
+        kept_count(0, keep_ratio)  # its range
+    least = {"reference_steps": 1, "sync_every": 1, "diagnose_every": 1}
+    numbers |= {} if sync_every is None or callable(sync_every) else {"sync_every": sync_every}
+    numbers |= {} if diagnose_every is None else {"diagnose_every": diagnose_every}
+    for name, value in numbers.items():
+        if value < (low := least.get(name, 0)):
+            raise ValueError(f"{name} must be at least {low}, got {value}")
+    for name, choice, known in (
+        ("granularity", granularity, get_args(Granularity)),
+        ("scope", scope, get_args(Scope)),
+        ("baseline", baseline, ("model", "matched")),
+        ("selection", selection, ("excess", "random")),
+    ):
+        if choice not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {choice!r}")

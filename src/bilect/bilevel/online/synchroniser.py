@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from bilect.bilevel.online.choice import token_mean
-from bilect.bilevel.online.feeds import Feed
+from bilect.bilevel.online.feeds import Feed, check_batch
 from bilect.bilevel.online.reference import Reference, copy_of
 from bilect.bilevel.online.token_loss import TokenBatch, TokenForward
+from bilect.bilevel.online.wrappers import unwrap
 from bilect.errors import BilectError
+from bilect.models.checks import disagreement, own_tokenizer
 from bilect.models.loading import load_causal_lm
 
-__all__ = ["FIRST_BATCHES", "Given", "Synchroniser", "make_reference"]
+__all__ = ["FIRST_BATCHES", "Given", "Synchroniser", "fixed_reference", "make_reference"]
 
 FIRST_BATCHES = 32  # training batches seen before the first synchronisation, where no lower_loader gives others
 
@@ -26,13 +28,10 @@ def make_reference(given: Given, model: nn.Module, forward: TokenForward, option
     """A model for w or m to live in.
 
     Args:
-        given: a model, a function that makes one, a name or directory to load; None: a copy of the model.
+        given: a model, a function that makes one, a name, directory or GGUF file to load; None: a copy of the model.
         model: the model in training, wrapped or not.
         forward: its token losses.
         options: of ``Reference``.
-
-    Raises:
-        BilectError: the vocabularies differ.
     """
     if isinstance(given, (str, Path)):
         made: nn.Module = load_causal_lm(str(given)).to(next(forward.base.parameters()).device)
@@ -40,13 +39,39 @@ def make_reference(given: Given, model: nn.Module, forward: TokenForward, option
         made = given
     else:
         made = copy_of(model) if given is None else given()
-    reference = Reference(made, **options)
-    if reference.forward.vocabulary != forward.vocabulary:
-        raise BilectError(
-            f"reference: its vocabulary has {reference.forward.vocabulary} entries, the model's {forward.vocabulary}; "
-            "token losses can be compared only under one tokenizer"
-        )
+    return Reference(made, **options)
+
+
+def fixed_reference(given: Given, model: nn.Module, forward: TokenForward, options: dict[str, Any]) -> Reference:
+    """A given w that stays as it is; see ``make_reference``. Its embeddings may be padded to another size than u's.
+
+    Raises:
+        BilectError: its ids mean something else than the model's, or nothing tells that they mean the same.
+    """
+    reference = make_reference(given, model, forward, options)
+    own, its = (own_tokenizer(f.base.config.name_or_path or "") for f in (forward, reference.forward))
+    sizes = (f"reference: its vocabulary has {reference.forward.vocabulary} entries, the model's {forward.vocabulary}; "
+             "token losses can be compared only under one tokenizer")  # fmt: skip
+    if own is not None and its is not None:
+        if (how := disagreement(its, own)) is not None:
+            raise BilectError(f"{sizes}: {how}")
+    elif reference.forward.vocabulary != forward.vocabulary:
+        raise BilectError(f"{sizes}: save it beside both models, to show that only the padding differs")
+    reference.freeze()
     return reference
+
+
+def _check_alike(reference: nn.Module, model: nn.Module) -> None:
+    """A given model for w to live in must have the parameters of u, whose values it takes over.
+
+    Raises:
+        BilectError: one of them is missing or of another shape.
+    """
+    there = {k: tuple(p.shape) for k, p in reference.named_parameters()}
+    for k, p in model.named_parameters():
+        if p.requires_grad and there.get(k) != tuple(p.shape):
+            raise BilectError(f"reference: it takes over the model's weights, and its {k} has shape {there.get(k)} "
+                              f"where the model's has {tuple(p.shape)}; build it like the model")  # fmt: skip
 
 
 class Synchroniser:
@@ -58,7 +83,7 @@ class Synchroniser:
 
     Args:
         forward: token losses of the model in training.
-        upper: upper data.
+        upper: upper data; its first batch is drawn and looked at here.
         lower: training data for the first synchronisation, or None: then it waits for ``FIRST_BATCHES`` batches.
         given: where w lives, see ``make_reference``.
         matched: train the matched twin as well.
@@ -73,7 +98,7 @@ class Synchroniser:
     def __init__(
         self,
         forward: TokenForward,
-        upper: Iterable[Mapping[str, Any]],
+        upper: Iterable[Mapping[str, Any]] | Feed,
         lower: Iterable[Mapping[str, Any]] | None,
         *,
         given: Given,
@@ -86,7 +111,7 @@ class Synchroniser:
         options: dict[str, Any],
     ) -> None:
         self.forward, self.given, self.matched, self.options = forward, given, matched, options
-        self.upper = Feed(upper, seed, "upper_loader")
+        self.upper = upper if isinstance(upper, Feed) else Feed(upper, seed, "upper_loader")
         self.lower = None if lower is None else Feed(lower, seed + 1, "lower_loader")
         self.steps, self.penalty, self.interval = steps, penalty, interval
         self.next: int | None = first
@@ -95,7 +120,14 @@ class Synchroniser:
         self.recent: deque[tuple[TokenBatch, Tensor]] = deque(maxlen=steps)
         self.reference: Reference | None = None
         self.twin: Reference | None = None
-        self._device = next(forward.base.parameters()).device
+        if isinstance(given, nn.Module):
+            _check_alike(unwrap(given), forward.base)
+        for feed in filter(None, (self.upper, self.lower if penalty else None)):
+            check_batch(feed, forward.base)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(next(self.forward.base.parameters()).device)
 
     def due(self, step: int) -> bool:
         """Whether a synchronisation begins, or goes on, before this training step."""
@@ -152,6 +184,8 @@ class Synchroniser:
         if self.matched and self.twin is None:  # a given module is taken by w
             given = None if isinstance(self.given, nn.Module) else self.given
             self.twin = make_reference(given, model, self.forward, self.options)
+        for follower in self.followers:
+            _check_alike(follower.forward.base, self.forward.base)
 
     def _draw(self, feed: Feed) -> TokenBatch:
         return TokenBatch.of(feed()).map(lambda x: x.to(self._device))

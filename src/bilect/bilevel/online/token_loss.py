@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bilect.bilevel.online.kernel import Kernel, agreeing_kernel, applies
+from bilect.bilevel.online.wrappers import computing, is_linear, unwrap
 from bilect.data.batch import IGNORE
 from bilect.errors import BilectError
 from bilect.functional.losses import Head, token_losses, weighted_token_loss
 from bilect.runtime import distributed
 
-__all__ = ["TokenBatch", "TokenForward", "evaluating", "unwrap"]
+__all__ = ["TokenBatch", "TokenForward", "evaluating"]
 
 NOT_FOR_THE_MODEL = ("labels", "source", "num_items_in_batch")
 
@@ -100,19 +102,6 @@ class TokenBatch:
         return TokenBatch(**state)
 
 
-def unwrap(model: Any) -> Any:
-    """The causal LM inside ``torch.compile``, DDP and PEFT, in any order; FSDP2 wraps nothing."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
-
-
 class TokenForward:
     """One causal LM, called for token losses.
 
@@ -121,6 +110,7 @@ class TokenForward:
 
     Attributes:
         base: what is inside the wrappers.
+        vocabulary: ids that the logits are of.
 
     Raises:
         BilectError: it has no trunk or head of the usual form.
@@ -132,23 +122,25 @@ class TokenForward:
         name = type(base).__name__
         head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         trunk = getattr(base, getattr(base, "base_model_prefix", "") or "", None)
-        if trunk is None or not isinstance(head, nn.Linear):
-            raise BilectError(f"{name} is not a causal LM with a trunk and a linear output head")
-        self.trunk: nn.Module = trunk
-        self.head: nn.Linear = head
+        if not isinstance(trunk, nn.Module) or not isinstance(head, nn.Module):
+            raise BilectError(f"{name} is not a causal LM with a trunk and an output head")
+        self.trunk = trunk
         config = base.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        self._work: Callable[[Tensor, Head], Tensor] | None = None
+        self._work: Callable[[Tensor, Head | None], Tensor] | None = None
+        self._own_head: Callable[[Tensor], Tensor] = head.forward  # what ``_instead`` has put aside
         self._kernel: Kernel | None = None
         self._kernel_known = False
+        self.vocabulary = int(config.vocab_size)
         self._check(name)
 
     @property
-    def vocabulary(self) -> int:
-        """Rows of the output head."""
-        return int(self.head.weight.shape[0])
+    def head(self) -> nn.Module:
+        """The output head, asked for anew: adapters come and go."""
+        found: nn.Module = computing(self.base.get_output_embeddings())
+        return found
 
     @torch.no_grad()
     def losses(self, model: nn.Module, batch: TokenBatch) -> Tensor:
@@ -167,7 +159,7 @@ class TokenForward:
             weight: a (N,), or a function that gives it from the losses (N,) of this same forward pass; both constant.
         """
 
-        def work(hidden_PD: Tensor, head: Head) -> Tensor:
+        def work(hidden_PD: Tensor, head: Head | None) -> Tensor:
             if callable(weight):
                 with torch.no_grad():
                     weight_N = weight(self._all_losses(hidden_PD, head, batch))
@@ -175,17 +167,36 @@ class TokenForward:
                 weight_N = weight
             kept = torch.nonzero(weight_N)[:, 0]
             hidden_KD, labels_K = hidden_PD.index_select(0, batch.at_N[kept]), batch.labels_N[kept]
+            if head is None:
+                loss_K = self._losses_by_logits(hidden_KD, labels_K)
+                return torch.dot(weight_N[kept].to(loss_K.dtype), loss_K)
             if (kernel := self._gpu_kernel(hidden_KD, head, labels_K)) is not None:
                 return torch.dot(weight_N[kept].float(), kernel(hidden_KD, head, labels_K))
             return weighted_token_loss(hidden_KD, head, labels_K, weight_N[kept])[0]
 
         return self._run(model, batch, work)
 
-    def _all_losses(self, hidden_PD: Tensor, head: Head, batch: TokenBatch) -> Tensor:
+    def _all_losses(self, hidden_PD: Tensor, head: Head | None, batch: TokenBatch) -> Tensor:
         hidden_ND = hidden_PD.index_select(0, batch.at_N)
+        if head is None:
+            return self._losses_by_logits(hidden_ND, batch.labels_N)
         if (kernel := self._gpu_kernel(hidden_ND, head, batch.labels_N)) is not None:
             return kernel(hidden_ND, head, batch.labels_N)
         return token_losses(hidden_ND, head, batch.labels_N).ce_N
+
+    def _losses_by_logits(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
+        """By a head that is more than one matrix, in chunks whose logits the backward pass computes again."""
+        own_head, plain = self._own_head, Head(hidden_ND[:0], None, self._scale, self._softcap)
+
+        def part(hidden_MD: Tensor, labels_M: Tensor) -> Tensor:
+            logits_MV = plain.transform(own_head(hidden_MD))
+            return nn.functional.cross_entropy(logits_MV, labels_M, reduction="none")
+
+        size = max(128, (1 << 24) // self.vocabulary)
+        pieces = zip(hidden_ND.split(size), labels_N.split(size), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([part(h, y) for h, y in pieces])
+        return torch.cat([checkpoint(part, h, y, use_reentrant=False) for h, y in pieces])
 
     def _gpu_kernel(self, hidden_ND: Tensor, head: Head, labels_N: Tensor) -> Kernel | None:
         if not applies(hidden_ND, head):
@@ -194,10 +205,11 @@ class TokenForward:
             self._kernel, self._kernel_known = agreeing_kernel(hidden_ND, head, labels_N), True
         return self._kernel
 
-    def _run(self, model: nn.Module, batch: TokenBatch, work: Callable[[Tensor, Head], Tensor]) -> Tensor:
-        self._work = work
+    def _run(self, model: nn.Module, batch: TokenBatch, work: Callable[[Tensor, Head | None], Tensor]) -> Tensor:
+        head = self.head
+        self._work, self._own_head = work, head.forward
         try:
-            with _instead(self.base, self._forward), _instead(self.head, self._forward_head):
+            with _instead(self.base, self._forward), _instead(head, self._forward_head):
                 result: Tensor = model(**batch.inputs)["loss"]
                 return result
         finally:
@@ -205,13 +217,13 @@ class TokenForward:
 
     def _forward(self, **inputs: Any) -> Any:
         given = {k: v for k, v in inputs.items() if v is not None}
-        return self.head(self.trunk(**given, use_cache=False).last_hidden_state)
+        return self.base.get_output_embeddings()(self.trunk(**given, use_cache=False).last_hidden_state)
 
     @torch.compiler.disable
     def _forward_head(self, hidden_BTD: Tensor) -> dict[str, Tensor]:
         assert self._work is not None
-        weight_VD, bias_V = self.head.weight, self.head.bias
-        head = Head(weight_VD, bias_V, self._scale, self._softcap)
+        module: Any = self.head
+        head = Head(module.weight, module.bias, self._scale, self._softcap) if is_linear(module) else None
         return {"loss": self._work(hidden_BTD.flatten(0, 1), head)}
 
     @torch.no_grad()
@@ -221,16 +233,19 @@ class TokenForward:
         The logits are made large, because caps and clamps do not show on small ones.
         """
         seen: dict[str, Tensor] = {}
+        head: Any = self.head
 
         def at_trunk(module: nn.Module, args: Any, output: Any) -> None:
             seen["hidden"] = output.last_hidden_state
 
         def before_head(module: nn.Module, args: Any) -> None:  # where FSDP2 has gathered the weights
             seen["head input"] = args[0]
-            seen["product"] = nn.functional.linear(args[0], self.head.weight, self.head.bias)
+            if is_linear(head):
+                seen["product"] = nn.functional.linear(args[0], head.weight, head.bias)
 
         def at_head(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             seen["head output"] = output
+            seen.setdefault("product", output)
             seen["raw"] = output * (50 / output.float().std().clamp(min=1e-6))
             return seen["raw"]
 
@@ -238,8 +253,8 @@ class TokenForward:
         ids_BT = torch.arange(1, 5, device=device)[None] % self.vocabulary
         hooks = [
             self.trunk.register_forward_hook(at_trunk),
-            self.head.register_forward_pre_hook(before_head),
-            self.head.register_forward_hook(at_head),
+            head.register_forward_pre_hook(before_head),
+            head.register_forward_hook(at_head),
         ]
         try:
             with evaluating(self.base):
@@ -250,7 +265,8 @@ class TokenForward:
             distributed.reshard(self.base)
         if logits is None or len(seen) < 5:
             raise BilectError(f"{name} gives no logits, or not by its output head; bilect cannot tell its token losses")
-        ours = Head(self.head.weight, None, self._scale, self._softcap).transform(seen["raw"])
+        self.vocabulary = int(logits.shape[-1])
+        ours = Head(seen["hidden"], None, self._scale, self._softcap).transform(seen["raw"])
         pairs = ((seen["head input"], seen["hidden"]), (seen["head output"], seen["product"]), (ours, logits))
         if not all(_close(a, b) for a, b in pairs):
             raise BilectError(f"{name} transforms its logits in a way bilect does not know; use another model")

@@ -41,8 +41,8 @@ class Kept:
     def batches(self, text: bool = True) -> Iterator[pa.RecordBatch]:
         """``doc_id, source, n_tokens, score, rank``, and ``text``."""
         if text and not self._has_text:
-            raise BilectError(f"export: {self.file} holds no text; select from a run, or from what `bilect score --data` "
-                              "wrote")  # fmt: skip
+            raise BilectError(f"export: {self.file} holds no text; select from a run, or from what "
+                              "`bilect score --data` wrote")  # fmt: skip
         with duckdb.connect() as db:
             yield from self._select(db, [*_TYPES, *["text"] * text]).to_arrow_reader(BATCH)
 
@@ -101,8 +101,8 @@ class Kept:
             ).to_arrow_table()
         if missing := found["row"].null_count:
             first = found.filter(found["row"].is_null())["doc_id"][0].as_py()
-            raise BilectError(f"export: {missing} of the kept documents, {first!r} for one, are not in the token files; "
-                              "name the folder of those that were scored")  # fmt: skip
+            raise BilectError(f"export: {missing} of the kept documents, {first!r} for one, are not in the token "
+                              "files; name the folder of those that were scored")  # fmt: skip
         return found["row"].to_numpy()
 
     def _select(self, db: duckdb.DuckDBPyConnection, columns: list[str]) -> Any:
@@ -112,6 +112,6 @@ class Kept:
             reader = f"read_parquet({name}, hive_partitioning = false)"
         else:
             types = ", ".join(f"{key}: '{kind}'" for key, kind in {**_TYPES, "text": "VARCHAR"}.items())
-            reader = (f"read_json({name}, columns = {{{types}}}, format = 'newline_delimited', hive_partitioning = false, "
-                      "maximum_object_size = 1073741824)")  # fmt: skip
+            reader = (f"read_json({name}, columns = {{{types}}}, format = 'newline_delimited', "
+                      "hive_partitioning = false, maximum_object_size = 1073741824)")  # fmt: skip
         return db.sql(f"SELECT {', '.join(columns)} FROM {reader}")

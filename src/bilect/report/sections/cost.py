@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bilect.report import figures, wording
 from bilect.report.blocks import Block, Column, Fold, Plot, Section, Table, gaps
 from bilect.report.inputs import Json, RunFiles, flat_numbers, mapping, number, numbers
@@ -48,7 +50,7 @@ def _bought(run: RunFiles) -> list[Block]:
         "saved. A gain is worth its cost where training random data for the same total would not reach the same loss."
     )
     blocks: list[Block] = [Table("cost-of-arms", columns, rows, caption, strong=lambda row: row[0] == run.main)]
-    drawn = {row[0]: (row[5], row[6]) for row in rows if row[5] is not None and row[6] is not None}
+    drawn: dict[str, tuple[Any, Any]] = {row[0]: (row[5], row[6]) for row in rows if None not in row[5:]}
     if len(drawn) > 1:
         svg = figures.bought_figure(drawn, run.main)
         blocks.append(Plot(svg, "Higher and further left is better. Random is at (1, 0).",

@@ -59,7 +59,7 @@ def _choice(found: Selection, number_of: int) -> list[Block]:
         blocks.append(
             Plot(
                 figures.histogram_figure(found),
-                f"Round {number_of}: the scores of {found.documents:,} documents, of which {found.kept:,} were kept.{cut}",
+                f"Round {number_of}: the scores of {found.documents:,} documents; {found.kept:,} were kept.{cut}",
                 ("from", "to", "kept", "left out"),
                 found.histogram,
             )
@@ -71,8 +71,8 @@ def _choice(found: Selection, number_of: int) -> list[Block]:
         blocks.append(
             Plot(
                 figures.length_figure(found.lengths),
-                "Does the choice follow length? Left: median score of documents of about one length, with bands for the "
-                "middle 50% and 90%. Right: the share of them that was kept.",
+                "Does the choice follow length? Left: median score of documents of about one length, with bands for "
+                "the middle 50% and 90%. Right: the share of them that was kept.",
                 ("tokens, about", "documents", "kept", "score 5%", "25%", "50%", "75%", "95%"),
                 [(b.tokens, b.documents, b.kept, *b.quantiles) for b in found.lengths],
             )
@@ -96,7 +96,10 @@ def _ridge(run: RunFiles, files: RoundFiles) -> Plot:
         threshold = files.selection.threshold
     scores = files.scores
     assert scores is not None
-    caption = f"Round {files.number}: the scores of {scores.documents:,} documents, one ridge per source, each to its own height."
+    caption = (
+        f"Round {files.number}: the scores of {scores.documents:,} documents, one ridge per source, each to its own "
+    )
+    caption += "height."
     if threshold is not None:
         caption += f" The dashed line is the cut at {wording.decimal(threshold)}: documents to its right were kept."
     if scores.folded:

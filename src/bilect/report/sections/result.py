@@ -52,7 +52,7 @@ def build(run: RunFiles) -> Section | None:
                     Column("Tokens trained", wording.whole),
                 ],
                 rows,
-                "Held-out results of the target model after each way of choosing its training data. Lower loss is better.",
+                "Held-out results of the target after each way of choosing its training data. Lower loss is better.",
                 strong=lambda row: row[0] == run.main,
             )
         )
@@ -103,8 +103,8 @@ def _downstream(run: RunFiles) -> list[Block]:
     columns = [Column("Task"), Column("Metric"), Column("Examples", wording.whole)]
     columns += [Column(wording.arm_name(arm), str) for arm in arms]
     caption = (
-        "Zero-shot results by lm-eval, ± one standard error over the examples of the task. Accuracies: higher is better; "
-        "perplexity and bits per byte: lower."
+        "Zero-shot results by lm-eval, ± one standard error over the examples of the task. Accuracies: higher is "
+        "better; perplexity and bits per byte: lower."
     )
     return [Text("Downstream tasks", "h3"), Table("tasks", columns, rows, caption)]
 

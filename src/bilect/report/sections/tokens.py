@@ -17,15 +17,29 @@ from bilect.report.tokens import (
 
 ORDER = 60
 _CAPTIONS = (
-    (delta_figure, "Δ over the batch: the line is the median, the bands hold the middle 50%, 90% and 98% of the tokens. "
-     "Where the share above 0 falls towards nothing, the model has caught up with its reference and the choice says "
-     "little; synchronisations renew it."),
-    (distance_figure, "Euclidean distances in the space of the parameters: of the model u from its reference w, and from "
-     "itself at the last synchronisation. Synchronisations make a saw-tooth; without them the model only moves away."),
-    (choice_figure, "Agreement: of the tokens of one fixed batch that this or the previous record selected, the share "
-     "that both did; 1 means that nothing changed. An oracle’s loss, where there was one, is strong on the selected "
-     "tokens and faint on all of them: below is easier, or cleaner, than the average token."),
-)  # fmt: skip
+    (
+        delta_figure,
+        "Δ over the batch: the line is the median, the bands hold the middle 50%, 90% and 98% of the tokens. Where the "
+        "share above 0 falls towards nothing, the model has caught up with its reference and the choice says little; "
+        "synchronisations renew it.",
+    ),
+    (
+        distance_figure,
+        "Euclidean distances in the space of the parameters: of the model u from its reference w, and from itself at "
+        "the last synchronisation. Synchronisations make a saw-tooth; without them the model only moves away.",
+    ),
+    (
+        choice_figure,
+        "Agreement: of the tokens of one fixed batch that this or the previous record selected, the share that both "
+        "did; 1 means that nothing changed. An oracle’s loss, where there was one, is strong on the selected tokens "
+        "and faint on all of them: below is easier, or cleaner, than the average token.",
+    ),
+)
+_ABOUT = (
+    "These arms trained on a part of every batch, chosen token by token. Δ is the loss of the model in training minus "
+    "the loss of the reference: a token with Δ > 0 is one that the reference, which has seen the target set, predicts "
+    "better. Random tokens have no Δ."
+)
 
 
 def build(run: RunFiles) -> Section | None:
@@ -35,11 +49,9 @@ def build(run: RunFiles) -> Section | None:
         return None
     runs = {arm: run.online[arm].content for arm in run.ordered(run.online)}
     blocks: list[Block] = [
-        Text("These arms trained on a part of every batch, chosen token by token. Δ is the loss of the model in training "
-             "minus the loss of the reference: a token with Δ > 0 is one that the reference, which has seen the target "
-             "set, predicts better. Random tokens have no Δ."),
+        Text(_ABOUT),
         *gaps(missing),
-    ]  # fmt: skip
+    ]
     keys = ("keep_ratio", "kept", "sync_every", "reference_steps", "synchronisations")
     rows = [
         [row["arm"], row["method"], run.online[row["arm"]].round, *(row[key] for key in keys), row["entries"]]
@@ -60,7 +72,8 @@ def build(run: RunFiles) -> Section | None:
             blocks.append(Plot(svg, caption, *records(runs)))
     if found := source_rows(runs):
         columns = [Column("Source"), Column("Data", arm=True), Column("Tokens recorded", wording.whole),
-                   Column("Selected, all records", wording.percent), Column("last record", wording.percent)]  # fmt: skip
+                   Column("Selected, all records", wording.percent),
+                   Column("Selected, last record", wording.percent)]  # fmt: skip
         data = [[wording.shown_name(r["source"]), r["arm"], r["tokens"], r["mean"], r["last"]] for r in found]
         blocks += [Text("Selected share by source", "h3"), Table("token-sources", columns, data, limit=200)]
     if views := token_views(runs):
