@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
@@ -61,19 +60,16 @@ def _commands() -> str:
     """``--help`` of every command."""
     from bilect.cli.commands import app
 
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
+    group: Any = typer.main.get_command(app)
     parts = ["# Commands", "Each command says the same with `--help`. `python -m bilect` is the same program."]
     for name, command in group.commands.items():
         parts += [f"## bilect {name}", command.help or ""]
         rows = ["| | |", "|---|---|"]
         for parameter in command.params:
-            if isinstance(parameter, click.Option):
-                names = ", ".join(f"`{n}`" for n in parameter.opts)
-                meaning = (parameter.help or "") + (" Required." if parameter.required else "")
-            else:
-                names, meaning = f"`{parameter.make_metavar(click.Context(command))}`", getattr(parameter, "help", "")
-            rows.append(f"| {names} | {_cell(meaning or '')} |")
+            option = parameter.param_type_name == "option"
+            names = ", ".join(f"`{name}`" for name in parameter.opts) if option else f"`{(parameter.metavar or parameter.name).upper()}`"
+            meaning = (getattr(parameter, "help", None) or "") + " Required." * bool(option and parameter.required)
+            rows.append(f"| {names} | {_cell(meaning)} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts) + "\n"
 
