@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-versi
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format bench install clean
+.PHONY: help demo test check format bench docs install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,10 +33,13 @@ format: $(VENV)/.dev ## rewrite the sources as `make check` wants them
 bench: $(VENV)/.dev ## every script in benchmarks/ (one: make bench BENCH=benchmarks/NAME.py)
 	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+docs: $(VENV)/.docs ## the site of the documentation: site/index.html; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 install: $(VENV)/.dev ## only set up .venv, with the development tools
 
 clean: ## remove .venv, caches, build products and runs/demo
-	rm -rf $(VENV) build dist runs/demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist site runs/demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The stamps: the environment exists; it can run the demo; it can run the tests too (which includes the demo).
@@ -56,3 +59,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Installing bilect, the text of the demo and the development tools"
 	@$(PIP_INSTALL) -e '.[dev]'
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Installing bilect and what builds the documentation"
+	@$(PIP_INSTALL) -e '.[docs]'
+	@touch $@

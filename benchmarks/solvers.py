@@ -1,4 +1,4 @@
-"""Which solver for the fit? Their scores against what retraining does, each at the operations of the config's own fit.
+"""Which solver for the fit? Their scores against what retraining does, each at the FLOPs of the config's own fit.
 
 Next to all document methods with the settings of the config: a longer form of ``bilect verify --retrain``, with every
 solver again for as many steps as the fit of the config costs.

@@ -2,7 +2,7 @@
 
 A model is warmed up on the pool, once per seed; every method continues from it on the same batches. Reported: the
 held-out loss per token on the target (answers only where an example has a prompt), its mean over seeds with an
-interval, and the cost in operations and seconds, reference included. One file per run in --out: an interrupted grid
+interval, and the cost in FLOPs and seconds, reference included. One file per run in --out: an interrupted grid
 goes on where it stopped. Without --upper and --heldout the pool itself is the target: a thirtieth of its documents is
 set apart for each.
 
@@ -267,7 +267,7 @@ def report(args: argparse.Namespace) -> None:
         groups.setdefault((r["method"], r["keep_ratio"], r["sync_every"]), []).append(r)
     target = Path(args.upper).stem if args.upper else "the pool itself"
     table = Table(title=f"held-out loss after {args.steps} steps, {target}")
-    for column in ("method", "keep", "T", "seeds", "loss", "minus full (95%)", "operations / full", "seconds / full"):
+    for column in ("method", "keep", "T", "seeds", "loss", "minus full (95%)", "FLOPs / full", "seconds / full"):
         table.add_column(column)
     figures = []
     for (method, keep_ratio, sync_every), group in groups.items():

@@ -69,7 +69,7 @@ def test_without_a_deciding_set_the_mean_over_the_sets_decides(monkeypatch):
 
 def test_speedups_by_hand(base):
     speedup = base["variants"]["base"]["arms"]["bliss"]["speedup"]
-    # seed 0: random falls by 1 in 80 tokens at 10 operations each; bliss by 2, at 15 each and 500 for choosing
+    # seed 0: random falls by 1 in 80 tokens at 10 FLOPs each; bliss by 2, at 15 each and 500 for choosing
     assert speedup["tokens"]["values"][0] == pytest.approx(2.0)
     assert speedup["flops"]["values"][0] == pytest.approx(800 / 600)
     assert speedup["flops_with_choosing"]["values"][0] == pytest.approx(800 / 1100)
@@ -88,8 +88,8 @@ def test_verdicts(base, monkeypatch):
     assert "Lowest on math is bliss: 4.033, 0.967" in sentences[0] and "below random" in sentences[0]
     assert "dsir" in sentences[1] and "Not told apart" in sentences[1]
     assert sentences[2].startswith("It comes down to random's final loss with 1.")  # 1100 / 800 in seed 0
-    assert "times as many operations, choosing included (1." in sentences[2] and "times fewer without" in sentences[2]
-    assert "Cheapest of these is dsir: 1.00 times random's operations, against 2.00." in sentences[3]
+    assert "times as many FLOPs, choosing included (1." in sentences[2] and "times fewer without" in sentences[2]
+    assert "Cheapest of these is dsir: 1.00 times random's FLOPs, against 2.00." in sentences[3]
     noisy = compared(monkeypatch, runs(bliss=(4.8, 5.4, 4.9), full=(5.0, 5.3, 5.2)))["variants"]["base"]
     assert noisy["verdict"] == verdict(noisy) and "not told apart" in noisy["verdict"][0]
     nothing = compared(monkeypatch, runs(random=(3.0, 3.1, 3.0)))["variants"]["base"]["verdict"]

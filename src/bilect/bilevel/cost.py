@@ -1,4 +1,4 @@
-"""Floating-point operations of a bilevel fit and of online selection, counted from what each step does."""
+"""Floating-point operations (FLOPs) of a bilevel fit and of online selection, counted from what each step does."""
 
 from transformers import PreTrainedModel
 
@@ -20,7 +20,7 @@ def fit_flops(
     lower_length: float,
     upper_length: float,
 ) -> float:
-    """Operations of all steps of a fit; a backward pass counts as two forward passes.
+    """FLOPs of all steps of a fit; a backward pass counts as two forward passes.
 
     Args:
         config: of the fit.
@@ -63,7 +63,7 @@ def selecting_flops(
     upper_tokens: float,
     synchronisations: float,
 ) -> float:
-    """Operations that choosing tokens adds to a training: forward passes of the followers, and their own steps.
+    """FLOPs that choosing tokens adds to a training: forward passes of the followers, and their own steps.
 
     Args:
         config: of the selection.

@@ -56,9 +56,7 @@ Out = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Setting as key.path=value; repeatable.", metavar="KEY=VALUE")
 ]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Only show the plan: tokens, operations, time. Writes nothing.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan: tokens, FLOPs, time. Writes nothing.")]
 Yes = Annotated[
     bool, typer.Option("--yes", help="Repeat stages of a finished run whose settings or inputs have changed.")
 ]

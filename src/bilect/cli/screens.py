@@ -261,8 +261,8 @@ def _comparison_table(name: str, variant: Mapping[str, Any]) -> Any:
             f"{fast['mean']:.2f}" if fast["n"] == f["loss"]["n"] else "",
         )  # fmt: skip
     table.caption = (
-        "±: half of the 95% interval; cost: operations of choosing and training, times random's; speed-up: in "
-        "operations, to random's final loss"
+        "±: half of the 95% interval; cost: FLOPs of choosing and training, times random's; speed-up: in "
+        "FLOPs, to random's final loss"
     )
     return table
 

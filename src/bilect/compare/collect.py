@@ -22,7 +22,7 @@ class Point:
 
     Attributes:
         tokens: trained on so far, without decay branches.
-        choosing: operations spent so far on choosing documents.
+        choosing: FLOPs spent so far on choosing documents.
         loss: by held-out set.
     """
 

@@ -26,7 +26,7 @@ def compare_runs(cells: Sequence[Cell], settings: Mapping[str, Mapping[str, Any]
 
     By variant and arm: ``loss`` (held-out, of the decayed model, on the set that decides), its paired differences from
     ``random`` and ``full``, and every held-out set, each as ``statistics.estimate``; ``speedup``, how many times fewer
-    tokens or operations than random it takes to come down to random's final loss on the learning curves; costs; shares
+    tokens or FLOPs than random it takes to come down to random's final loss on the learning curves; costs; shares
     by source; learning curves; ``overlap``, the Jaccard index of what any two arms kept.
 
     Args:
@@ -107,7 +107,7 @@ def _paired(seeds: Seeds, arm: str, other: str, loss_on: str | None) -> dict[str
 
 
 def _speedup(arm: str, seeds: Seeds, loss_on: str | None) -> dict[str, Any]:
-    """``statistics.speedup``, spending tokens, operations of training, or these with those of choosing."""
+    """``statistics.speedup``, spending tokens, FLOPs of training, or these with those of choosing."""
     ratios: dict[str, list[float | None]] = {"tokens": [], "flops": [], "flops_with_choosing": []}
     for s in seeds:
         for key, values in ratios.items():

@@ -47,7 +47,7 @@ def cost_figure(name: str, arms: Mapping[str, Any]) -> str:
     """Each arm's gain over random against what it cost."""
     with drawing(name):
         figure = new_figure(3.2)
-        axes = figure.add_subplot(xlabel="operations of choosing and training, times random's",
+        axes = figure.add_subplot(xlabel="FLOPs of choosing and training, times random's",
                                   ylabel="held-out loss minus random's")  # fmt: skip
         for arm in (a for a in arms if a != "warm"):
             x, y = cost_ratio(arms, arm), arms[arm]["minus_random"]["mean"] or 0.0
@@ -59,11 +59,11 @@ def cost_figure(name: str, arms: Mapping[str, Any]) -> str:
         axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         axes.margins(x=0.15, y=0.15)
         axes.grid(axis="y")
-        return to_svg(figure, name, "Gain over random against operations; lower and further left is better.")
+        return to_svg(figure, name, "Gain over random against FLOPs; lower and further left is better.")
 
 
 def curves_figure(name: str, arms: Mapping[str, Any]) -> str:
-    """Held-out loss along the training, against tokens and against operations with those of choosing."""
+    """Held-out loss along the training, against tokens and against FLOPs with those of choosing."""
     order = [arm for arm in ("bliss", "random", "full") if arm in arms]  # their colours are fixed
     shown = {arm: arms[arm] for arm in dict.fromkeys([*order, *arms]) if arms[arm]["curve"]}
     tokens, flops = dict[str, list[tuple[float, float]]](), dict[str, list[tuple[float, float]]]()
@@ -74,7 +74,7 @@ def curves_figure(name: str, arms: Mapping[str, Any]) -> str:
     panels = [
         Lines(f"against {what}", x, "held-out loss", series, log_x=False, zero=False)
         for what, x, series in (("tokens", "million tokens", tokens),
-                                ("operations, choosing included", "TFLOPs", flops))
+                                ("FLOPs, choosing included", "TFLOPs", flops))
     ]  # fmt: skip
     return lines_figure(name, panels, "Held-out loss of the undecayed models while they train, mean over seeds.")
 

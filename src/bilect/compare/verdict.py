@@ -33,11 +33,11 @@ def verdict(variant: Mapping[str, Any]) -> list[str]:
     with_choosing, without = speed["flops_with_choosing"], speed["flops"]
     if gain["n"] == with_choosing["n"]:
         apart = f" ({_times(without['mean'])} without)" if arms[best]["cost"]["choosing"]["flops"]["mean"] else ""
-        sentences.append(f"It comes down to random's final loss with {_times(with_choosing['mean'])} operations, "
+        sentences.append(f"It comes down to random's final loss with {_times(with_choosing['mean'])} FLOPs, "
                          f"choosing included{apart}.")  # fmt: skip
     cheap = min((a for a in [best, *close] if a not in ("full", "random")), key=lambda a: cost_ratio(arms, a))
     if cheap != best:
-        sentences.append(f"Cheapest of these is {cheap}: {cost_ratio(arms, cheap):.2f} times random's operations, "
+        sentences.append(f"Cheapest of these is {cheap}: {cost_ratio(arms, cheap):.2f} times random's FLOPs, "
                          f"against {cost_ratio(arms, best):.2f}.")  # fmt: skip
     return sentences
 

@@ -26,7 +26,7 @@ _TITLES = {
     "selection": "What is kept of a scored shard; another choice needs no new scores: bilect select RUN --help",
     "training": "Training of the target in each round.",
     "online": "Choice of tokens inside that training (BLADE), beside the choice of documents; method full: none.",
-    "tasks": "Downstream tasks that the final models are evaluated on, see docs/guide.md.",
+    "tasks": "Downstream tasks that the final models are evaluated on, see docs/howto/tasks.md.",
 }
 
 

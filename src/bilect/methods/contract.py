@@ -178,7 +178,7 @@ class DocumentMethod(Method[C]):
         """Scores (float64) in the order of ``rows``; higher means keep."""
 
     def score_flops(self, store: TokenStore, rows: np.ndarray) -> float:
-        """Operations of scoring ``rows``, counted as ``bilect.models.flops`` does."""
+        """FLOPs of scoring ``rows``, counted as ``bilect.models.flops`` does."""
         return 0.0
 
     def save(self, folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Floating-point operations of a model's passes, counted from its matrices.
+"""Floating-point operations (FLOPs) of a model's passes, counted from its matrices.
 
     forward per token = 2 * (matrix parameters, head included) + 2 * layers * width * context    (causal attention)
 
-A backward pass costs twice a forward pass; a multiply-add counts as two operations (Kaplan et al. 2020, section 2.1,
+A backward pass costs twice a forward pass; a multiply-add counts as two (Kaplan et al. 2020, section 2.1,
 with the mean causal attention span of half the context).
 """
 
@@ -12,7 +12,7 @@ __all__ = ["forward_flops"]
 
 
 def forward_flops(model: PreTrainedModel, tokens: float, context: float) -> float:
-    """Operations of a forward pass.
+    """FLOPs of a forward pass.
 
     Args:
         model: any transformer; a head tied to the embedding counts once, an embedding look-up costs nothing.

@@ -1,6 +1,6 @@
 """What a run would do and cost, before it does it: ``bilect run ... --dry-run``.
 
-Tokens are estimated from a sample of each input file, or counted where the pool is tokenised already; operations are
+Tokens are estimated from a sample of each input file, or counted where the pool is tokenised already; FLOPs are
 counted from the models' matrices; seconds follow from the speed that proxy and target reach on this machine in a
 probe of one or two steps, and are right to about a factor of two.
 """
@@ -195,7 +195,7 @@ def _take(part: Input, characters: int, skip: bool) -> tuple[list[Document], boo
 
 
 class _Costs:
-    """Tokens and operations of each stage."""
+    """Tokens and FLOPs of each stage."""
 
     def __init__(self, config: Config, vocabulary: int, pool: _Corpus, upper: _Corpus, heldout: _Corpus) -> None:
         self.config, self.pool, self.upper, self.heldout, self.vocabulary = config, pool, upper, heldout, vocabulary
@@ -212,7 +212,7 @@ class _Costs:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
     def of(self, stage: Stage) -> tuple[float, float, str | None]:
-        """Tokens, operations and the model that sets the pace (None: the tokenizer) of a stage."""
+        """Tokens, FLOPs and the model that sets the pace (None: the tokenizer) of a stage."""
         config, name = self.config, stage.kind
         set_aside = 0.0 if config.warmup.candidates else config.warmup.share
         shard = self.pool.tokens * (1 - set_aside) / config.rounds
@@ -280,7 +280,7 @@ class _Costs:
         )
 
     def speed(self) -> dict[str, float]:
-        """Operations per second that each model reaches in training, with random weights."""
+        """FLOPs per second that each model reaches in training, with random weights."""
         device = pick_device(self.config.device)
         bf16 = {"proxy": self.config.warmup.proxy.bf16, "target": self.config.training.bf16}
         return {role: self._probe(shape, device, bf16[role])

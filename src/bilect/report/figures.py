@@ -194,7 +194,7 @@ def bought_figure(arms: Mapping[str, tuple[float, float]], main: str) -> Svg:
     with drawing("bought"):
         figure = new_figure(2.7)
         axes = figure.add_subplot(
-            xlabel="operations of choosing and training, times random's", ylabel="held-out loss below random's"
+            xlabel="FLOPs of choosing and training, times random's", ylabel="held-out loss below random's"
         )
         for arm, (x, y) in arms.items():
             axes.plot([x], [y], "o", color=arm_colour(arm, main), markersize=6)
@@ -207,7 +207,7 @@ def bought_figure(arms: Mapping[str, tuple[float, float]], main: str) -> Svg:
         text = "; ".join(
             f"{LONG_ARMS.get(a) or label(a, 40)} {signed(y)} at {x:.2f} times" for a, (x, y) in arms.items()
         )
-        return to_svg(figure, "bought", f"Gain over random against operations. {label(text, 600)}.")
+        return to_svg(figure, "bought", f"Gain over random against FLOPs. {label(text, 600)}.")
 
 
 def _log_x(axes: Axes) -> None:

@@ -72,7 +72,7 @@ def _cost(rows: Rows) -> str:
     least = min((r["flops"] for r in rows if r["flops"]), default=1.0) / 4
     with drawing("cost"):
         figure = new_figure(3.4)
-        axes = figure.add_subplot(xlabel="operations of fit and scoring (left edge: none)", ylabel="Spearman, held-out")
+        axes = figure.add_subplot(xlabel="FLOPs of fit and scoring (left edge: none)", ylabel="Spearman, held-out")
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: power(value).partition("× ")[2])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -84,7 +84,7 @@ def _cost(rows: Rows) -> str:
         axes.axhline(0, color=COLOURS["muted"], linewidth=0.8, zorder=0)
         axes.margins(x=0.12)
         axes.grid(axis="y")
-        return to_svg(figure, "cost", "Operations of fit and scoring of each method against its rank correlation.")
+        return to_svg(figure, "cost", "FLOPs of fit and scoring of each method against its rank correlation.")
 
 
 def _sums(result: Mapping[str, Any], rows: Rows) -> str:
