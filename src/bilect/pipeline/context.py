@@ -137,9 +137,7 @@ def open_pool(tokens: Path) -> TokenStore:
     """The pool behind a folder with ``pool.json`` and ``pool/``."""
     note = _pool_note(tokens)
     if any("naming" not in f for f in note["files"]):
-        raise BilectError(
-            f"tokens: {tokens} was written by an earlier version of bilect; tokenise anew, in a new folder"
-        )
+        raise BilectError(f"tokens: {tokens} was written by an earlier version; tokenise anew, in a new folder")
     paths = [tokens / "pool" / f["file"] for f in note["files"]]
     naming = [Naming(**f["naming"]) for f in note["files"]]
     return TokenStore(paths, [f["weight"] for f in note["files"]], _excluded(note), naming)
