@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilect.compare.page import render as comparison_page
-from bilect.report import write_report
-from bilect.report.several import write_comparison
+from bilect.report import write_comparison, write_report
 from bilect.verify.page import render as verify_page
 from tests.compare import test_comparison
 from tests.report import synthetic

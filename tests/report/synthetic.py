@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,8 @@ def write_choice(folder: Path) -> Path:
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "config.yaml").write_text("method: dsir\nseed: 17\n")
     (folder / "round-1/metrics.jsonl").unlink()
+    shutil.rmtree(folder / "round-1/target")
+    shutil.rmtree(folder / "controls")
     return folder
 
 

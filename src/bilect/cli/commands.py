@@ -43,6 +43,11 @@ class _Format(StrEnum):
     jsonl = "jsonl.zst"
 
 
+class _Output(StrEnum):
+    records = "records"
+    text = "text"
+
+
 Source = Annotated[Path, typer.Argument(help="Config (YAML, see `bilect init`), or a run directory.", metavar="CONFIG")]
 Out = Annotated[
     Path | None,
@@ -217,7 +222,11 @@ def select(
     max_per_cluster: Annotated[
         int | None, typer.Option(help="Documents to keep of each cluster of near-duplicates.")
     ] = None,
-    file_format: Annotated[_Format | None, typer.Option("--format", help="Of the kept documents.")] = None,
+    file_format: Annotated[_Format | None, typer.Option("--format", help="Of the table of kept documents.")] = None,
+    output: Annotated[
+        _Output | None,
+        typer.Option("--output", help="records: also the kept records as they came; text: the table alone."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; default: RUN/selections/NAME.")] = None,
     number: Annotated[int | None, typer.Option("--round", help="Scores of which round; default: the last.")] = None,
     overrides: Overrides = None,
@@ -236,6 +245,7 @@ def select(
         max_share=max_share,
         max_per_cluster=max_per_cluster,
         format=None if file_format is None else file_format.value,
+        output=None if output is None else output.value,
     )
     if source.is_dir():
         select_with_progress(source, out, settings, number, seed)
@@ -323,13 +333,49 @@ def verify(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> None:
-    """Write report.html of a run again."""
-    from bilect.report import write_report
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directory; several are compared on one page.", metavar="RUN...")
+    ],
+    export: Annotated[
+        str | None, typer.Option("--export", help="csv, png or svg: write every plot of one run into --out instead.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="With --export or several runs: folder of the result.")
+    ] = None,
+) -> None:
+    """Write report.html of a run again; or its plots as files; or one page that compares several runs."""
+    if export is None and len(runs) == 1:
+        from bilect.report import write_report
 
-    if not (run_dir / "run.json").is_file():
-        raise BilectError(f"report: {run_dir} is not a run directory (no run.json)")
-    typer.echo(str(write_report(run_dir)))
+        if not (runs[0] / "run.json").is_file():
+            raise BilectError(f"report: {runs[0]} is not a run directory (no run.json)")
+        typer.echo(str(write_report(runs[0])))
+        return
+    if out is None:
+        raise BilectError("report: --out DIR is missing (where plots, or the page of several runs, are written)")
+    if export is None:
+        from bilect.report import write_comparison
+
+        typer.echo(str(write_comparison(runs, out / "runs.html")))
+        return
+    from bilect.report import export as write_plots
+
+    if len(runs) > 1:
+        raise BilectError("report: --export takes one run")
+    for file in write_plots(runs[0], out, export):
+        typer.echo(str(file))
+
+
+@app.command()
+def watch(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
+    port: Annotated[int, typer.Option(help="Of the page; default: a free one.")] = 0,
+) -> None:
+    """Serve the report of a run on this machine while the run goes on; Ctrl-C ends it."""
+    from bilect.report import watch as serve
+
+    serve(run_dir, port, lambda url: typer.echo(f"{url}   (Ctrl-C ends it)"))
 
 
 def _carry_out(

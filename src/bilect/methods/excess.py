@@ -7,8 +7,8 @@ that it does not learn; l_i is the mean cross-entropy per predicted token. It is
 section 3) of whole documents, and the score of CoLoR-Filter (arXiv 2406.10670, section 3), which derives it as a ratio
 of posteriors: prior u against conditional model w.
 
-Upper examples are learned as whole texts. Where w learns short answers alone it learns their distribution, and scores
-documents by it: worse than random (docs/results_log.md).
+Upper examples are learned as whole texts: from short answers alone w would learn how these are distributed, and score
+documents by that.
 """
 
 import math

@@ -263,7 +263,7 @@ _RUN = 256
 
 def _interruptible(work: Callable[[Iterator[str]], None], texts: Iterable[str]) -> None:
     """Do what runs outside of Python for long, where an interrupt would wait for its end; texts then come to an end."""
-    outcome, stopped = list[BaseException](), threading.Event()
+    outcome, stopped, done = list[BaseException](), threading.Event(), threading.Event()
 
     def until_stopped() -> Iterator[str]:
         for text in texts:
@@ -276,15 +276,16 @@ def _interruptible(work: Callable[[Iterator[str]], None], texts: Iterable[str]) 
             work(until_stopped())
         except BaseException as error:
             outcome.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    threading.Thread(target=run, daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        while not done.wait(0.2):  # not join: interrupted, it may take a thread that goes on for one that has ended
+            pass
     except BaseException:
         stopped.set()
-        thread.join(2)  # reading ends at once; what counts and merges is left to the end of the process
+        done.wait(2)  # reading ends at once; what counts and merges is left to the end of the process
         raise
     if outcome:
         raise outcome[0]

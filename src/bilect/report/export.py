@@ -14,13 +14,13 @@ from bilect.report.inputs import read_run
 from bilect.report.page import put_in_place
 from bilect.report.svg import SCREEN, Svg
 
-__all__ = ["Format", "export"]
+__all__ = ["Format", "export_plots"]
 
 Format = Literal["csv", "png", "svg"]
 DPI = 200
 
 
-def export(run_dir: Path, out: Path, form: Format) -> list[Path]:
+def export_plots(run_dir: Path, out: Path, form: str) -> list[Path]:
     """Write every plot of a run's report into a folder, or with ``csv`` the numbers of every plot and table.
 
     Args:
@@ -69,7 +69,7 @@ def _safe(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def _picture(svg: Svg, form: Format) -> bytes:
+def _picture(svg: Svg, form: str) -> bytes:
     import matplotlib
 
     buffer = io.BytesIO()

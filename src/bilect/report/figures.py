@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -198,8 +198,8 @@ def bought_figure(arms: Mapping[str, tuple[float, float]], main: str) -> Svg:
         )
         for arm, (x, y) in arms.items():
             axes.plot([x], [y], "o", color=arm_colour(arm, main), markersize=6)
-            name = LONG_ARMS.get(arm) or label(arm, 22)
-            axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", color=COLOURS["ink"])
+            at: dict[str, Any] = {"xytext": (6, 4), "textcoords": "offset points", "color": COLOURS["ink"]}
+            axes.annotate(LONG_ARMS.get(arm) or label(arm, 22), (x, y), **at)
         axes.axhline(0, color=COLOURS["muted"], linewidth=0.8)
         _log_x(axes)
         axes.margins(x=0.2, y=0.2)

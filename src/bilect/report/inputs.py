@@ -69,7 +69,8 @@ class RunFiles:
         stages = mapping(self.run.get("stages"))
         trained = self.losses or any(re.search(r"\b(train|warm up target)\b", name) for name in stages)
         chosen = any((self.root / f"round-{r.number}" / "selected").is_dir() or r.scores for r in self.rounds)
-        return chosen and not trained and not self.summary.get("heldout") and not (self.root / "warmup/target").exists()
+        trained = trained or self.summary.get("heldout") or any(self.root.glob("round-*/target"))
+        return chosen and not trained and not (self.root / "warmup/target").exists()
 
     def ordered(self, arms: Iterable[str]) -> list[str]:
         """Arms in the order of the page."""

@@ -17,12 +17,12 @@ from bilect.report.page import encoded, put_in_place, render_sections
 from bilect.report.sections import curves
 from bilect.report.verdict import Verdict
 
-__all__ = ["write_comparison"]
+__all__ = ["write_several"]
 
 Named = dict[str, RunFiles]
 
 
-def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
+def write_several(run_dirs: Sequence[Path], out: Path) -> Path:
     """Write one page that compares runs; returns it.
 
     Losses are comparable where the runs share target model and held-out data: settings that differ are listed.

@@ -14,7 +14,7 @@ from bilect.report.inputs import read_run
 from bilect.report.page import encoded, render
 from bilect.runtime.files import content_hash
 
-__all__ = ["WatchServer", "watch"]
+__all__ = ["WatchServer", "serve"]
 
 HOST = "127.0.0.1"
 _WATCHED = (  # what the report reads and a run writes; patterns below the run directory
@@ -24,7 +24,7 @@ _WATCHED = (  # what the report reads and a run writes; patterns below the run d
 )  # fmt: skip
 
 
-def watch(run_dir: Path, port: int = 0, on_start: Callable[[str], None] = print) -> None:
+def serve(run_dir: Path, port: int = 0, on_start: Callable[[str], None] = print) -> None:
     """Serve the report of a run until interrupted (Ctrl-C).
 
     Args:

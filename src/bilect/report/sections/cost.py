@@ -24,7 +24,7 @@ def build(run: RunFiles) -> Section | None:
 def _bought(run: RunFiles) -> list[Block]:
     seconds, flops = (numbers(mapping(run.summary.get("cost")).get(key)) for key in ("seconds", "flops"))
     random = flops.get("random")
-    rows = []
+    rows: list[list[Any]] = []
     for arm in run.arms:
         if arm not in flops or arm not in run.losses:
             continue
@@ -50,7 +50,7 @@ def _bought(run: RunFiles) -> list[Block]:
         "saved. A gain is worth its cost where training random data for the same total would not reach the same loss."
     )
     blocks: list[Block] = [Table("cost-of-arms", columns, rows, caption, strong=lambda row: row[0] == run.main)]
-    drawn: dict[str, tuple[Any, Any]] = {row[0]: (row[5], row[6]) for row in rows if None not in row[5:]}
+    drawn: dict[str, tuple[Any, Any]] = {str(row[0]): (row[5], row[6]) for row in rows if None not in row[5:]}
     if len(drawn) > 1:
         svg = figures.bought_figure(drawn, run.main)
         blocks.append(Plot(svg, "Higher and further left is better. Random is at (1, 0).",
