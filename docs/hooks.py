@@ -67,11 +67,8 @@ def _commands() -> str:
         rows = ["| | |", "|---|---|"]
         for parameter in command.params:
             option = parameter.param_type_name == "option"
-            names = (
-                ", ".join(f"`{name}`" for name in parameter.opts)
-                if option
-                else f"`{(parameter.metavar or parameter.name).upper()}`"
-            )
+            shown = parameter.opts if option else [(parameter.metavar or parameter.name).upper()]
+            names = ", ".join(f"`{name}`" for name in shown)
             meaning = (getattr(parameter, "help", None) or "") + " Required." * bool(option and parameter.required)
             rows.append(f"| {names} | {_cell(meaning)} |")
         parts.append("\n".join(rows))

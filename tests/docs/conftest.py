@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,36 @@ import pytest
 import torch
 import yaml
 
+import bilect
 from tests.corpus import TINY, tiny_settings, write_corpus
 from tests.docs.pages import ROOT
 
 MODEL = {**TINY, "max_position_embeddings": 64}
 
 
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+SIZES: dict[str, Any] = {
+    "data": {"context": 48, "vocab_size": 320},
+    "models": {"proxy": MODEL, "target": MODEL},
+    "warmup": {"proxy": {"steps": 4, "batch_size": 2}},
+    "fit": {"steps": 4, "lower_batch_size": 4, "upper_batch_size": 2, "reference_steps": 1},
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[None]:
+    """`bilect.choose` is sized for seconds."""
+    from bilect.pipeline import choose
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "_CPU", SIZES)
+        patch.setattr(choose, "_GPU", SIZES)
+        yield
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory, small: None) -> Path:
+    """With a finished choice, `kept/`, and a finished run, `runs/mine`."""
     folder = tmp_path_factory.mktemp("docs")
     write_corpus(folder / "corpus", pool=90)
     for name, place in (("pool", "pool"), ("pool", "more"), ("upper", "."), ("heldout", ".")):
@@ -25,30 +48,20 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target.parent.mkdir(exist_ok=True)
         shutil.copy(folder / "corpus" / f"{name}.jsonl", target)
     training = {"batch_size": 2, "steps": 4, "decay_steps": 2, "learning_rate": 5e-3}
-    fit = {"steps": 4, "lower_batch_size": 4, "upper_batch_size": 2, "reference_steps": 1}
-    changes = {"warmup": {"proxy": training, "target": training}, "training": training, "fit": fit}
+    changes = {"warmup": {"proxy": training, "target": training}, "training": training, "fit": SIZES["fit"]}
     settings = tiny_settings(folder, **changes)
     data = {**settings["data"], "lower_data": [{"path": "pool/"}], "upper_data": [{"path": "target.jsonl"}]}
     data["heldout_data"] = [{"path": "heldout.jsonl"}]
     (folder / "my.yaml").write_text(yaml.safe_dump({**settings, "data": data}))
     (folder / "examples").symlink_to(ROOT / "examples")
+    bilect.choose(folder / "pool", folder / "target.jsonl", folder / "kept", keep=0.2)
+    bilect.run(bilect.load_config(folder / "my.yaml"), folder / "runs" / "mine")
     return folder
 
 
 @pytest.fixture
 def reader(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The reader's terminal: in that folder, with `bilect.choose` sized for seconds."""
-    from bilect.pipeline import choose
-
-    sizes: dict[str, Any] = {
-        "data": {"context": 48, "vocab_size": 320},
-        "models": {"proxy": MODEL, "target": MODEL},
-        "warmup": {"proxy": {"steps": 4, "batch_size": 2}},
-        "fit": {"steps": 4, "lower_batch_size": 4, "upper_batch_size": 2, "reference_steps": 1},
-        "device": "cpu",
-    }
-    monkeypatch.setattr(choose, "_CPU", sizes)
-    monkeypatch.setattr(choose, "_GPU", sizes)
+    """The reader's terminal is in that folder."""
     monkeypatch.chdir(workspace)
     return workspace
 
