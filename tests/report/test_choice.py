@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilect.errors import BilectError
-from bilect.report import export, write_comparison, write_report
+from bilect.report import write_comparison, write_report
 from bilect.report.choice import read_selection
 from bilect.report.explore import explorer, fitting
+from bilect.report.export import export_plots
 from bilect.report.inputs import read_run
 from bilect.report.page import json_data
 from bilect.report.verdict import of_run, paired_interval
@@ -91,16 +92,16 @@ def test_a_run_that_only_chose(tmp_path: Path) -> None:
 
 
 def test_the_files_of_an_export_hold_the_figures_numbers(run_dir: Path, tmp_path: Path) -> None:
-    files = export(run_dir, tmp_path / "csv", "csv")
+    files = export_plots(run_dir, tmp_path / "csv", "csv")
     assert {"curves.csv", "shares.csv", "histogram.csv", "length.csv", "learning.csv"} <= {f.name for f in files}
     rows = list(csv.DictReader((tmp_path / "csv/shares.csv").open(encoding="utf-8")))
     summary = synthetic.summary()["kept_share_by_source"]
     assert {row["source"]: float(row["kept"]) for row in rows} == summary
     for form, start in (("svg", b"<?xml"), ("png", b"\x89PNG")):
-        pictures = export(run_dir, tmp_path / form, form)
+        pictures = export_plots(run_dir, tmp_path / form, form)
         assert len(pictures) == 9 and all(picture.read_bytes().startswith(start) for picture in pictures)
     with pytest.raises(BilectError, match="csv, png, svg, not 'pdf'"):
-        export(run_dir, tmp_path, "pdf")
+        export_plots(run_dir, tmp_path, "pdf")
 
 
 def test_runs_beside_each_other(run_dir: Path, tmp_path: Path) -> None:

@@ -359,11 +359,11 @@ def report(
 
         typer.echo(str(write_comparison(runs, out / "runs.html")))
         return
-    from bilect.report import export as write_plots
+    from bilect.report.export import export_plots
 
     if len(runs) > 1:
         raise BilectError("report: --export takes one run")
-    for file in write_plots(runs[0], out, export):
+    for file in export_plots(runs[0], out, export):
         typer.echo(str(file))
 
 
@@ -373,7 +373,7 @@ def watch(
     port: Annotated[int, typer.Option(help="Of the page; default: a free one.")] = 0,
 ) -> None:
     """Serve the report of a run on this machine while the run goes on; Ctrl-C ends it."""
-    from bilect.report import watch as serve
+    from bilect.report.watch import serve
 
     serve(run_dir, port, lambda url: typer.echo(f"{url}   (Ctrl-C ends it)"))
 

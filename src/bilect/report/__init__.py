@@ -6,10 +6,10 @@ models. Drawing needs matplotlib and Jinja2; both are imported on the first call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["export", "watch", "write_comparison", "write_report"]
+__all__ = ["write_comparison", "write_report"]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -23,22 +23,8 @@ def write_report(run_dir: Path) -> Path:
     return write_page(Path(run_dir))
 
 
-def export(run_dir: Path, out: Path, form: str) -> list[Path]:
-    """Write every plot of a run's report into `out`, as "csv" (the tables too), "png" or "svg"; returns the files."""
-    from bilect.report.export import export_plots
-
-    return export_plots(Path(run_dir), Path(out), form)
-
-
 def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     """Write one page that sets two runs or more beside each other, and return its path."""
     from bilect.report.several import write_several
 
     return write_several([Path(run_dir) for run_dir in run_dirs], Path(out))
-
-
-def watch(run_dir: Path, port: int = 0, on_start: Callable[[str], None] = print) -> None:
-    """Serve the report of a run that goes on, to this machine's browser only, until interrupted."""
-    from bilect.report.watch import serve
-
-    serve(Path(run_dir), port, on_start)

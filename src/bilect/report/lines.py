@@ -63,6 +63,9 @@ def lines_figure(name: str, panels: Sequence[Lines], description: str) -> Svg:
                     [x for x, _ in drawn], [y for _, y in drawn], linewidth=1.4, marker="o", markersize=2.5, label=key,
                     color=COLOURS[_INKS[n % len(_INKS)]], linestyle=_DASHES[n // len(_INKS) % len(_DASHES)],
                 )  # fmt: skip
+            heights = [y for line in panel.series.values() for _, y in line if math.isfinite(y) and y > 0]
+            if panel.log_y and heights and max(heights) < 1.001 * min(heights):  # no range that a scale could show
+                axes.set_ylim(min(heights) / 2, 2 * max(heights))
             for log, axis, set_scale in (
                 (panel.log_x, axes.xaxis, axes.set_xscale),
                 (panel.log_y, axes.yaxis, axes.set_yscale),

@@ -51,9 +51,9 @@ def _labels(run: RunFiles) -> list[Block]:
 
 def _fidelity(rows: list[dict[str, object]]) -> list[Block]:
     text = (
-        "Documents are chosen by what helps the small proxy, so the choice is only as good as the proxy’s likeness "
-        "to the target. The rank correlation is 1 where both put documents in the same order and 0 where their "
-        f"orders have nothing in common. {wording.fidelity(rows)}"
+        "Documents are chosen by what helps the small proxy, so the choice is only as good as the proxy’s "
+        "likeness to the target. The rank correlation is 1 where both put documents in the same order and 0 where "
+        f"their orders have nothing in common. {wording.fidelity(rows)}"
     )
     blocks: list[Block] = [Text("Proxy fidelity", "h3"), Text(text)]
     if not rows:
