@@ -54,8 +54,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, small: None) -> Path:
     data["heldout_data"] = [{"path": "heldout.jsonl"}]
     (folder / "my.yaml").write_text(yaml.safe_dump({**settings, "data": data}))
     (folder / "examples").symlink_to(ROOT / "examples")
-    bilect.choose(folder / "pool", folder / "target.jsonl", folder / "kept", keep=0.2)
-    bilect.run(bilect.load_config(folder / "my.yaml"), folder / "runs" / "mine")
+    with pytest.MonkeyPatch.context() as patch:  # as the pages have it, so that theirs find it done
+        patch.chdir(folder)
+        bilect.choose("pool/", target="target.jsonl", keep=0.2, out="kept/")
+        bilect.run(bilect.load_config(Path("my.yaml")), Path("runs/mine"))
     return folder
 
 
