@@ -27,7 +27,7 @@ def selected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("copies")
     write_corpus(folder, pool=120)
     pool = [json.loads(line) for line in (folder / "pool.jsonl").read_text().splitlines()]
-    copies = [{**r, "id": f"{r['id']}-{k}", "text": r["text"].upper() + " "} for r in pool[:40] for k in (1, 2)]
+    copies = [{**r, "id": f"{r['id']}-{k}", "text": r["text"].upper() + " " * k} for r in pool[:40] for k in (1, 2)]
     write_jsonl(folder / "pool.jsonl", pool + copies)
     settings = tiny_settings(folder, selection={"keep_ratio": 0.5, "max_per_cluster": 1}, controls=["random", "full"])
     settings["data"] |= {"vocab_size": 400, "context": 64}  # capitals too need room

@@ -123,7 +123,7 @@ def test_rounds_train_with_blade_and_the_reference_goes_on(corpus, tmp_path):
     assert summary["tokens"]["bliss"] == summary["tokens"]["random"]
     again = settings(corpus, rounds=2, controls=["random"], online={"keep_ratio": 0.5})
     before = (tmp_path / "round-1/target/model.safetensors").read_bytes()
-    run(parse_config(again), tmp_path, command="train", number=1)
+    run(parse_config(again), tmp_path, command="train", number=1, repeat=True)
     assert (tmp_path / "round-1/target/model.safetensors").read_bytes() != before  # its settings are in the stage's key
 
 

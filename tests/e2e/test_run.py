@@ -106,7 +106,7 @@ def test_only_what_changed_is_repeated(corpus, tmp_path):
     out = tmp_path / "run"
     run(parse_config(tiny_settings(corpus, controls=["random"])), out)
     stages = json.loads((out / "run.json").read_text())["stages"]
-    run(parse_config(tiny_settings(corpus, controls=["random"], selection={"keep_ratio": 0.5})), out)
+    run(parse_config(tiny_settings(corpus, controls=["random"], selection={"keep_ratio": 0.5})), out, repeat=True)
     after = json.loads((out / "run.json").read_text())["stages"]
     changed = {name for name in stages if stages[name]["key"] != after[name]["key"]}
     assert {n for n in changed if "fit" in n or "score" in n or "warm" in n or "tokenise" in n} == set()
