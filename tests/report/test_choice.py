@@ -88,7 +88,7 @@ def test_a_run_that_only_chose(tmp_path: Path) -> None:
     html = write_report(run_dir).read_text(encoding="utf-8")
     sections = re.findall(r'<section id="([^"]+)"', html)
     assert sections == ["cost", "kept", "documents", "reproduce"] and "heldout_loss" not in html
-    assert "bilect choose config.yaml --out" in html
+    assert "bilect select config.yaml --out" in html
 
 
 def test_the_files_of_an_export_hold_the_figures_numbers(run_dir: Path, tmp_path: Path) -> None:

@@ -38,10 +38,10 @@ def _labels(run: RunFiles) -> list[Block]:
     """Correlation of the fitted scores with labels that the fit did not see, of methods that have such labels."""
     found = []
     for files in run.rounds:
-        with_labels = [row for row in files.metrics if number(row.get("heldout_correlation")) is not None]
+        with_labels = [row for row in files.metrics if number(row.get("label_correlation")) is not None]
         if with_labels:
             row = with_labels[-1]
-            found.append([files.number, number(row.get("step")), number(row.get("heldout_correlation"))])
+            found.append([files.number, number(row.get("step")), number(row.get("label_correlation"))])
     if not found:
         return []
     columns = [Column("Round", wording.compact), Column("Step", wording.whole),

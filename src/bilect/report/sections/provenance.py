@@ -21,7 +21,7 @@ def build(run: RunFiles) -> Section:
     facts |= versions
     facts |= {f"host: {key}": value for key, value in mapping(run.run.get("host")).items()}
     shown = [(title, str(value)) for title, value in facts.items() if value is not None]
-    command = "choose" if run.only_chose else "run"
+    command = "select" if run.only_chose else "run"
     folder = re.sub(r"[^\w.-]+", "-", run.name)[:60].strip("-.") or "run"
     replay = f"bilect {command} config.yaml --out {shlex.quote(f'runs/{folder}-again')}"
     values = {"facts": shown, "command": replay, "config": run.config}
