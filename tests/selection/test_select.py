@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from bilect.config import SelectionConfig
 from bilect.errors import BilectError
 from bilect.selection import ranking as selection_order
-from bilect.selection.near_duplicates import within_cap
 from bilect.selection.select import BELOW_THE_CUT, NEAR_DUPLICATE, SOURCE_FULL, select
 from bilect.selection.spill import Hashes
 
@@ -384,7 +383,6 @@ def test_names_of_folders_are_no_columns(tmp_path):
             .read()
             .equals(pq.ParquetFile(tmp_path / "out" / f"{name}.parquet").read())
         )
-    assert within_cap(["b", "a", "c"], hive / "c.parquet", 1).tolist() == [True, False, True]
 
 
 PEAK = """
