@@ -35,7 +35,8 @@ def test_names_import_no_method() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("dsri", "did you mean 'dsir'?"), ("rho-1", "did you mean 'rho1'?"), ("zzz", "known are: bl")]
+    ("name", "hint"),
+    [("dsri", "did you mean 'dsir'?"), ("rho-1", "did you mean 'rho1'?"), ("zzz", "known are: amortised, bl")],
 )
 def test_an_unknown_name_is_one_line_with_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(BilectError) as error:

@@ -294,7 +294,7 @@ def test_any_value_may_be_odd(tmp_path: Path) -> None:
     labels = [named["aria-label"] or "" for tag, named in found.tags if tag == "svg"]
     assert len(labels) == 3 and not any("nan" in label or "inf" in label for label in labels)
     assert "BLADE tokens −0.050 at step 0 to −0.050 at step 270" in labels[0]
-    assert len(found.documents) == 4 and 5120 in found.data  # the sound ones, and no more tokens than theirs
+    assert len(found.documents) == 8 and 5120 in found.data  # the sound ones, and no more tokens than theirs
 
 
 def test_a_broken_file_is_told_and_the_round_before_is_shown(tmp_path: Path) -> None:

@@ -96,9 +96,9 @@ class TokenStore:
         flips = [b.column("flips") if "flips" in b.schema.names else None for b in self._batches]
         self._flips = [None if f is None or not len(f.flatten()) else f for f in flips]
         self.length_R = np.concatenate([np.zeros(0, np.int32), *(np.diff(o) for o in self._offsets)])
-        self.whole_R = np.concatenate(
-            [np.zeros(0, np.int32), *(b.column("n_tokens").to_numpy() for b in self._batches)]
-        )
+        whole = [b.column("n_tokens").to_numpy() if "n_tokens" in b.schema.names else np.diff(o)
+                 for b, o in zip(self._batches, self._offsets, strict=True)]  # fmt: skip
+        self.whole_R = np.concatenate([np.zeros(0, np.int32), *whole])
         self.weight_R: np.ndarray | None = None
         if weights is not None and any(w != 1 for w in weights):
             self.weight_R = np.repeat(np.asarray(weights, dtype=np.float64), [len(p.rows) for p in self.parts])

@@ -15,7 +15,6 @@ from bilect.config import Config
 from bilect.data.sources import set_name
 from bilect.data.store import Naming
 from bilect.data.tokens import TokenStore
-from bilect.errors import BilectError
 from bilect.models.loading import load_causal_lm, load_tokenizer
 from bilect.runtime import distributed
 from bilect.runtime.device import pick_device
@@ -136,10 +135,8 @@ class RunContext:
 def open_pool(tokens: Path) -> TokenStore:
     """The pool behind a folder with ``pool.json`` and ``pool/``."""
     note = _pool_note(tokens)
-    if any("naming" not in f for f in note["files"]):
-        raise BilectError(f"tokens: {tokens} was written by an earlier version; tokenise anew, in a new folder")
     paths = [tokens / "pool" / f["file"] for f in note["files"]]
-    naming = [Naming(**f["naming"]) for f in note["files"]]
+    naming = [Naming(**f.get("naming", {})) for f in note["files"]]
     return TokenStore(paths, [f["weight"] for f in note["files"]], _excluded(note), naming)
 
 

@@ -108,7 +108,11 @@ def pool_inputs(tokens: Path) -> list[Input]:
     Raises:
         BilectError: one of them is not there any more, or not as it was.
     """
-    notes = [f["from"] for f in json.loads((tokens / "pool.json").read_text(encoding="utf-8"))["files"]]
+    files = json.loads((tokens / "pool.json").read_text(encoding="utf-8"))["files"]
+    if any("from" not in f for f in files):
+        raise BilectError(f"selection.output: {tokens} was written by an earlier version, which did not note where its "
+                          "records are from (selection.output=text needs it not)")  # fmt: skip
+    notes = [f["from"] for f in files]
     found = [Input.of_note(note) for note in notes]
     for part, note in zip(found, notes, strict=True):
         try:
