@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -126,10 +127,8 @@ def test_a_killed_holder_on_this_machine_is_found_dead_and_one_elsewhere_is_name
 
 def test_nothing_needs_a_module_that_windows_lacks():
     source = Path(main.__globals__["__file__"]).parents[1]
-    found = [
-        p.name for p in source.rglob("*.py") if "import fcntl" in p.read_text() or "import resource" in p.read_text()
-    ]
-    assert found in ([], ["memory.py"])  # which does without
+    found = [p.name for p in source.rglob("*.py") if re.search(r"^import (fcntl|resource)$", p.read_text(), re.M)]
+    assert found == []
 
 
 # ------------------------------------------------------------------------------------------ folders that are no folders
