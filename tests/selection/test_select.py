@@ -404,7 +404,7 @@ print(min(peaks[large]) - min(peaks[small][1:]))  # the least: threads of the li
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path):
-    sizes = {"small": 200_000, "large": 1_000_000}
+    sizes = {"small": 200_000, "large": 2_000_000}
     for name, rows in sizes.items():
         rng = np.random.default_rng(rows)
         (tmp_path / name).mkdir()
