@@ -12,6 +12,7 @@ from typing import Any
 
 from bilect.config import Config, parse_config
 from bilect.config.base import put
+from bilect.data.token_files import link
 from bilect.errors import BilectError
 from bilect.pipeline.directory import RunDir
 from bilect.pipeline.stages import run
@@ -199,13 +200,6 @@ def _publish(source: Path, target: Path) -> None:
     """The kept records where users look for them: hard links, or copies where there can be none."""
     draft = target.with_name(f".{target.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source, draft, copy_function=_link)
+    shutil.copytree(source, draft, copy_function=lambda file, copy: link(Path(file), Path(copy)))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(draft, target)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
