@@ -79,7 +79,11 @@ def test_a_cell_is_a_plain_run_with_its_seed(corpus, killed_and_finished, tmp_pa
 
 def test_a_variant_shares_what_it_does_not_change(killed_and_finished):
     out, _, _ = killed_and_finished
-    for part, same in (("controls/random/round-1/target", True), ("warmup/proxy", True), ("round-1/proxy", False)):
+    for part, same in (
+        ("controls/random/round-1/target", True),
+        ("warmup/proxy", True),
+        ("round-1/method/proxy", False),
+    ):
         nodes = {(out / v / "seed-0" / part / "model.safetensors").stat().st_ino for v in ("base", "naive")}
         assert (len(nodes) == 1) is same, part
     assert not (out / "naive" / "seed-0" / "controls" / "dsir").exists()
@@ -126,7 +130,7 @@ def test_one_failing_cell_does_not_stop_the_others(monkeypatch, tmp_path):
         def __init__(self, workers, **kwargs):
             super().__init__(workers)
 
-    def work(cell):
+    def work(cell, repeat):
         if cell.name == "b":
             raise RuntimeError("no memory")
         done.append(cell.name)

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -376,8 +377,9 @@ def test_ctrl_c_ends_the_training_of_a_tokenizer_within_two_seconds(tmp_path):
             start.write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGINT)
 
+        letters = "abcdefghijklmnopqrstuvwxyz"
         text = [
-            "".join(chr(97 + (i * i) % 26) for i in range(3_000_000))
+            "".join(random.Random(0).choices(letters, k=3_000_000))
         ]  # a word that keeps the trainer busy for minutes
         with ends_promptly(line):
             threading.Thread(target=interrupt, daemon=True).start()

@@ -32,7 +32,7 @@ from bilect.training.evaluation import evaluate
 from tests.corpus import tiny_settings, write_corpus, write_jsonl
 from tests.helpers import tiny_lm
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "tasks"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "tasks"
 WORDS = [
     "sun",
     "rain",
