@@ -52,7 +52,12 @@ def test_formats_and_rounds(finished, tmp_path):
     assert len(rows) == 7 and [r["doc_id"] for r in lines] == [r["doc_id"] for r in rows]
     assert [r["text"] for r in lines] == [r["text"] for r in rows]
     assert set(lines[0]) == {"doc_id", "source", "n_tokens", "score", "rank", "text"}
-    assert sorted(p.name for p in packed.iterdir()) == ["dropped.parquet", "kept.jsonl.zst", "records"]
+    assert sorted(p.name for p in packed.iterdir()) == [
+        "dropped.parquet",
+        "kept.jsonl.zst",
+        "records",
+        "selection.json",
+    ]
     with pytest.raises(BilectError, match="scores of round 1, 2, not of 3"):
         select_again(out, tmp_path / "n", number=3)
 
@@ -91,6 +96,41 @@ def test_scores_of_other_files_are_those_of_the_run(finished, corpus, tmp_path):
     assert folder == tmp_path / "scored" / "selections" / "keep_ratio-0.1"
     kept = pq.read_table(folder / "kept.parquet").to_pylist()
     assert {r["source"] for r in kept} == {"maths"} and all(r["text"] for r in kept)
+
+
+def test_another_selection_is_replaced_only_when_told(finished, tmp_path):
+    out, _ = finished
+    select_again(out, tmp_path / "s", {"top_k": 7})
+    before = (tmp_path / "s" / "kept.parquet").read_bytes()
+    for source, settings, seed in (
+        (out, {"top_k": 8}, 0),
+        (out, {"top_k": 7}, 1),
+        (out / "round-1" / "scores", {"top_k": 7}, 0),
+    ):
+        with pytest.raises(BilectError, match="holds another selection"):
+            select_again(source, tmp_path / "s", settings, seed=seed)
+    with pytest.raises(BilectError, match="or a run: say --yes"):
+        select_again(out, out, {"top_k": 8})
+    assert (tmp_path / "s" / "kept.parquet").read_bytes() == before
+    select_again(out, tmp_path / "s", {"top_k": 7})
+    call = ["select", str(out), "--top-k", "8", "--out", str(tmp_path / "s")]
+    assert "another selection" in str(CliRunner().invoke(app, call).exception)
+    assert CliRunner().invoke(app, [*call, "--yes"]).exit_code == 0
+    assert pq.read_table(tmp_path / "s" / "kept.parquet").num_rows == 8
+
+
+def test_other_scores_are_replaced_only_when_told(finished, corpus, tmp_path):
+    out, _ = finished
+    pool = (corpus / "pool.jsonl").read_text().splitlines(keepends=True)
+    file, scored = tmp_path / "some.jsonl", tmp_path / "scored"
+    file.write_text("".join(pool[:9]))
+    score_files(out, [str(file)], scored)
+    before = scores_of(scored / "scores")
+    file.write_text("".join(pool[:12]))
+    with pytest.raises(BilectError, match=r"some\.jsonl has changed.*say --yes"):
+        score_files(out, [str(file)], scored)
+    assert scores_of(scored / "scores") == before
+    assert score_files(out, [str(file)], scored, repeat=True)["documents"] == 12 == len(scores_of(scored / "scores"))
 
 
 def test_the_plan_agrees_with_the_run(finished, corpus, tmp_path):

@@ -15,11 +15,14 @@ from transformers import TrainingArguments
 
 from bilect.bilevel.online.feeds import Feed
 from bilect.bilevel.online.selector import OnlineTokenSelector
+from bilect.config import parse_config
 from bilect.errors import BilectError
 from bilect.integrations.trainer import BladeConfig, BladeTrainer
+from bilect.pipeline.stages import run
 from bilect.runtime import distributed
 from bilect.training.train import per_rank_batch
 from tests.bilevel.online_helpers import largest_difference, make_batch, plain_losses, small, train
+from tests.corpus import tiny_settings, write_corpus
 
 UPPER = [make_batch(100 + i, (9, 12), given=5) for i in range(3)]
 BATCHES = [make_batch(i) for i in range(4)]
@@ -341,6 +344,16 @@ def test_a_checkpoint_that_lacks_a_file(tmp_path: Path, name: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- one unit
+
+
+def test_batches_that_do_not_divide_are_told_before_any_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path)
+    settings = tiny_settings(tmp_path)
+    settings["warmup"] = {role: {**kind, "batch_size": 6} for role, kind in settings["warmup"].items()}
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    with pytest.raises(BilectError, match=r"training\.batch_size: a step of 4 sequences .* 3 ranks .* set 3"):
+        run(parse_config(settings), tmp_path / "run")
+    assert not (tmp_path / "run" / "tokens").exists()
 
 
 def test_batch_sizes_are_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,18 @@ def test_what_was_kept_is_a_pool_and_the_same_call_changes_nothing(chosen, corpu
     assert half.documents == 7 and half.pool_documents == chosen.documents
 
 
+def test_the_text_instead_of_the_records(chosen, corpus, tmp_path):
+    def call(**more):
+        return bilect.choose(corpus / "pool.jsonl", corpus / "upper.jsonl", tmp_path / "kept", keep=0.25, method="dsir",
+                             settings=SMALL | more, repeat=True)  # fmt: skip
+
+    assert call().records.is_dir()
+    kept = call(**{"selection.output": "text", "selection.format": "jsonl.zst"})
+    assert kept.records is None and not (tmp_path / "kept" / "records").exists()  # those of before are not its own
+    assert kept.kept.name == "kept.jsonl.zst" and kept.kept.is_file()
+    assert (kept.documents, kept.threshold) == (chosen.documents, chosen.threshold)
+
+
 def test_a_method_with_a_proxy_trains_one_and_a_killed_choice_goes_on(corpus, tmp_path):
     arguments = {"keep": 0.2, "method": "bliss", "settings": SMALL}
     whole = bilect.choose(corpus / "pool.jsonl", corpus / "upper.jsonl", tmp_path / "whole", **arguments)

@@ -51,7 +51,7 @@ def choose_with_progress(
         title = (f"{chosen.documents:,} of {chosen.pool_documents:,} documents, "
                  f"{chosen.tokens:,} of {chosen.pool_tokens:,} tokens kept")  # fmt: skip
         progress.console.print(kept_table(title, chosen.sources))
-        progress.note(f"Records: {chosen.records}")
+        progress.note(f"Records: {chosen.records}" if chosen.records else f"Kept, with text: {chosen.kept}")
         progress.note(f"Scores: {chosen.scores}   Dropped, with rank and reason: {chosen.dropped}")
         progress.note(f"Report: {chosen.report}")
         progress.note(f"Another amount, without scoring again: bilect select {chosen.out} --keep 0.1")

@@ -201,7 +201,7 @@ def score(
     if data:
         from bilect.cli.screens import score_with_progress
 
-        score_with_progress(config, data, _needed(out, "score --data"), field or [])
+        score_with_progress(config, data, _needed(out, "score --data"), field or [], yes)
     else:
         _carry_out("score", config, out, overrides, number, dry_run, yes)
 
@@ -248,7 +248,7 @@ def select(
         output=None if output is None else output.value,
     )
     if source.is_dir():
-        select_with_progress(source, out, settings, number, seed)
+        select_with_progress(source, out, settings, number, seed, yes)
     else:
         pairs = [f"selection={settings}"] if settings else []
         _carry_out("select", source, out, [*pairs, *(overrides or [])], number, False, yes)

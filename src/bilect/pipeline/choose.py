@@ -49,7 +49,7 @@ class Chosen:
 
     Attributes:
         out: the folder: a run directory.
-        records: folder of the kept records, as they came.
+        records: folder of the kept records, as they came; None with ``selection.output: text``, where ``kept`` has it.
         kept: table of the kept documents: doc_id, source, n_tokens, score, rank.
         dropped: table of the others, with the reason.
         scores: folder of the scores of all documents.
@@ -63,7 +63,7 @@ class Chosen:
     """
 
     out: Path
-    records: Path
+    records: Path | None
     kept: Path
     dropped: Path
     scores: Path
@@ -129,8 +129,8 @@ def choose(
                for name, share in selected["pool_share_by_source"].items()}  # fmt: skip
     chosen = Chosen(
         out=folder,
-        records=folder / "records",
-        kept=result / "selected" / "kept.parquet",
+        records=folder / "records" if config.selection.output == "records" else None,
+        kept=result / "selected" / f"kept.{config.selection.format}",
         dropped=result / "selected" / "dropped.parquet",
         scores=result / "scores",
         report=folder / "report.html",
@@ -139,8 +139,8 @@ def choose(
     )
     if distributed.is_main():
         with locked(folder):
-            _publish(result / "selected" / "records", chosen.records)
-            plain = {k: v for k, v in asdict(chosen).items() if not isinstance(v, Path)}
+            _publish(result / "selected" / "records", folder / "records", wanted=chosen.records is not None)
+            plain = {k: v for k, v in asdict(chosen).items() if k == "sources" or isinstance(v, int | float)}
             costs = {key: {name: record.get(key, 0.0) for name, record in records.items()}
                      for key in ("seconds", "flops")}  # fmt: skip
             write_json(folder / "summary.json", {"method": method, **plain, **costs})
@@ -196,10 +196,12 @@ def _sources(paths: Paths) -> list[dict[str, str]]:
     return [{"path": path} for path in found]
 
 
-def _publish(source: Path, target: Path) -> None:
+def _publish(source: Path, target: Path, *, wanted: bool) -> None:
     """The kept records where users look for them: hard links, or copies where there can be none."""
     draft = target.with_name(f".{target.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source, draft, copy_function=lambda file, copy: link(Path(file), Path(copy)))
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(draft, target)
+    if wanted:
+        shutil.copytree(source, draft, copy_function=lambda file, copy: link(Path(file), Path(copy)))
+    shutil.rmtree(target, ignore_errors=True)  # those of another selection, too
+    if wanted:
+        os.replace(draft, target)

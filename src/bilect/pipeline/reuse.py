@@ -1,7 +1,9 @@
 """What a finished run is good for afterwards: another selection from its scores, scores of other files."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from bilect.methods import load
 from bilect.methods.contract import Inputs
 from bilect.models.loading import load_tokenizer
 from bilect.pipeline import texts
+from bilect.pipeline.changes import check_repeats
 from bilect.pipeline.choosing import SAVED, score_rows
 from bilect.pipeline.context import Figures, RunContext, arm_folder, find_clusters, open_pool
-from bilect.pipeline.directory import RunDir
-from bilect.runtime.files import content_hash
+from bilect.pipeline.directory import RunDir, plain
+from bilect.runtime.files import content_hash, write_json
 from bilect.runtime.locks import locked
 from bilect.runtime.progress import Progress, SilentProgress
 from bilect.selection.originals import write_records
@@ -56,6 +59,7 @@ def select_again(
     *,
     number: int | None = None,
     seed: int = 0,
+    repeat: bool = False,
 ) -> tuple[Selected, Path]:
     """Another selection from scores that are there; no model is needed.
 
@@ -66,13 +70,15 @@ def select_again(
         progress: what the reader sees; nothing by default.
         number: the round whose scores are used; default: the last that has any.
         seed: of Gumbel noise.
+        repeat: replace another selection that lies in ``out``.
 
     Returns:
         What was kept, and the folder: ``kept.parquet`` or ``kept.jsonl.zst`` (with text, where the token files are
-        there), ``dropped.parquet`` and, where the pool is still there, the kept ``records/``.
+        there), ``dropped.parquet``, ``selection.json`` (what it was made of) and, where the pool is still there, the
+        kept ``records/``.
 
     Raises:
-        BilectError: no scores there, or wrong settings.
+        BilectError: no scores there, wrong settings, or another selection in ``out``.
     """
     settings = dict(settings or {})
     scores, tokens = _scores_of(source, number)
@@ -82,11 +88,15 @@ def select_again(
         before = {k: v for k, v in before.items() if k not in ("keep_ratio", "budget_tokens", "top_k")}
     config = parse_selection({**before, **settings})
     folder = out if out is not None else source / "selections" / _name(config, seed)
+    made_of = {"scores": str(scores.resolve()), "seed": seed, "selection": plain(config.model_dump())}
+    if not repeat:
+        _check_selection(folder, made_of)
     clusters = None
     if config.max_per_cluster is not None and tokens is not None:
         clusters = find_clusters(tokens, config.cluster_similarity, progress or SilentProgress())
     records = None if tokens is None or config.output == "text" else _records(tokens, settings, progress)
     chosen = select(scores, folder, config, seed=seed, clusters=clusters)
+    write_json(folder / "selection.json", made_of)  # at once: interrupted from here on, it goes on unasked
     if tokens is not None:
         pool = open_pool(tokens)
         attach_text(folder, pool, config.format)
@@ -102,6 +112,7 @@ def score_files(
     progress: Progress | None = None,
     *,
     fields: Mapping[str, str] | None = None,
+    repeat: bool = False,
 ) -> dict[str, Any]:
     """Score other files by what a run has fitted; started again, it goes on at the first missing file.
 
@@ -111,12 +122,13 @@ def score_files(
         out: folder to write: ``tokens/pool/``, ``scores/`` and ``run.json``; ``select_again`` takes it.
         progress: what the reader sees; nothing by default.
         fields: names of the fields where they differ, as ``fields`` of a source; by default those of the run's pool.
+        repeat: replace scores of other files, or by another run, that lie in ``out``.
 
     Returns:
         ``documents``, ``tokens`` and, by reason, the number of records left out (``skipped``).
 
     Raises:
-        BilectError: nothing fitted there, or something wrong with the files.
+        BilectError: nothing fitted there, something wrong with the files, or other scores in ``out``.
     """
     base = _run_config(source)
     fitted = None if base is None else source / arm_folder(base, base.method, base.rounds) / SAVED
@@ -129,17 +141,42 @@ def score_files(
     context = RunContext(out.resolve(), config, progress or SilentProgress())
     with locked(out):
         directory = RunDir(context.root, config.seed)
-        directory.manifest["inputs"] = {"lower_data": texts.pool_hashes(context)}
+        inputs = {"lower_data": texts.pool_hashes(context)}
         tokenizer = load_tokenizer(str(source / "tokenizer"))
-        settings = [config.data.model_dump(), directory.manifest["inputs"], content_hash(tokenizer.get_vocab())]
-        figures = directory.stage(
-            "tokenise", lambda scratch: texts.tokenise_files(context, scratch, tokenizer), settings=settings
-        )
+        settings = [config.data.model_dump(), inputs, content_hash(tokenizer.get_vocab())]
         content = [content_hash(path) for path in sorted(fitted.rglob("*")) if path.is_file()]
+        tokenise, score = _Part("tokenise", settings), _Part("score", content, ("tokenise",))
+        check_repeats(context.root, directory.manifest, (tokenise, score), inputs, repeat=repeat)
+        directory.manifest["inputs"] = inputs
+        figures = directory.stage(
+            "tokenise", lambda scratch: texts.tokenise_files(context, scratch, tokenizer), settings=tokenise.settings
+        )
         action = partial(_score, context, RunContext(source.resolve(), base, SilentProgress()), fitted)
-        directory.stage("score", action, settings=content, after=["tokenise"])
+        directory.stage("score", action, settings=score.settings, after=score.reads)
         directory.finish()
     return {key: figures[key] for key in ("documents", "tokens", "skipped")}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Of ``score_files``, as ``check_repeats`` wants it."""
+
+    name: str
+    settings: Any
+    reads: tuple[str, ...] = ()
+
+
+def _check_selection(folder: Path, made_of: Mapping[str, Any]) -> None:
+    """Stop before what lies there is replaced by something else, unasked."""
+    if not any((folder / name).exists() for name in ("kept.parquet", "kept.jsonl.zst", "run.json")):
+        return
+    try:
+        if json.loads((folder / "selection.json").read_text(encoding="utf-8")) == made_of:
+            return
+    except (OSError, ValueError):
+        pass  # not finished, or not one of these
+    raise BilectError(f"select: {folder} holds another selection, or a run: say --yes to replace it, or choose another "
+                      "--out")  # fmt: skip
 
 
 def _records(tokens: Path, settings: Mapping[str, Any], progress: Progress | None) -> list[Input] | None:

@@ -31,6 +31,7 @@ from bilect.runtime.files import write_json, write_text
 from bilect.runtime.locks import locked
 from bilect.runtime.progress import Progress, SilentProgress
 from bilect.training.tasks import find_tasks
+from bilect.training.train import per_rank_batch
 
 __all__ = ["Command", "Stage", "run", "stage_keys", "stages", "states", "wanted", "with_arms"]
 
@@ -122,7 +123,9 @@ def _carry_out(
     plan = stages(context, inputs)
     done = states(plan, directory.manifest)
     chosen = plan if command == "run" else wanted(plan, done, command, number, arms)
-    _check_models(context, {s.name for s in chosen if not done[s.name]})
+    left = {s.name for s in chosen if not done[s.name]}
+    _check_batches(config, left)
+    _check_models(context, left)
     check_repeats(out, directory.manifest, chosen, inputs, repeat=repeat)
     directory.manifest["inputs"] = inputs
     if main:
@@ -141,6 +144,16 @@ def _carry_out(
         write_report(out)
     distributed.barrier()
     return summary
+
+
+def _check_batches(config: Config, left: Set[str]) -> None:
+    """Whether the steps of all trainings divide into the ranks there are: before the first of them, not at the last."""
+    trainings = {"warmup.proxy": (config.warmup.proxy, "warm up proxy" in left),
+                 "warmup.target": (config.warmup.target, "warm up target" in left),
+                 "training": (config.training, any(": train " in name for name in left))}  # fmt: skip
+    for name, (training, wanted) in trainings.items():
+        if wanted and training.steps:
+            per_rank_batch(training.batch_size, training.gradient_accumulation, f"{name}.batch_size")
 
 
 def _check_models(context: RunContext, left: Set[str]) -> None:
