@@ -4,10 +4,14 @@ cores), and reproducible draws.
 
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["BILECT_CACHE"] = tempfile.mkdtemp(prefix="bilect-cache-")  # never the user's, nor a subprocess's own
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a shell, and every child with it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Iterator
 

@@ -14,7 +14,9 @@ import torch
 
 from bilect import methods
 from bilect.errors import BilectError
+from bilect.functional.directional import central_step
 from bilect.methods.contract import DocumentMethod, Inputs
+from bilect.methods.influence import Influence
 from tests.methods.planted import Counted, Killed, precision, store_of
 
 NAMES = [name for name in methods.names() if issubclass(methods.get(name), DocumentMethod)]
@@ -96,7 +98,16 @@ def test_neither_order_nor_batches_change_a_score(name: str, fitted: Callable[..
     rows = np.random.default_rng(0).permutation(fit.inputs.rows)[:30]
     loaded = methods.load(fit.folder, replace(fit.inputs, batch_tokens=50))
     given = loaded.score(fit.inputs.pool, rows)
-    assert given == pytest.approx(fit.scores[rows], rel=0, abs=TOLERANCE * max(np.ptp(fit.scores), 1e-6))
+    tolerance = TOLERANCE * max(np.ptp(fit.scores), 1e-6) + _of_differences(fit.method)
+    assert given == pytest.approx(fit.scores[rows], rel=0, abs=tolerance)
+
+
+def _of_differences(method: DocumentMethod[Any]) -> float:
+    """What rounding does to a central difference: losses below 8 that are off by four units in the last place each."""
+    if not isinstance(method, Influence):
+        return 0.0
+    steps = [central_step(theta, z) for theta, z in method.pairs]
+    return method.config.learning_rate * sum(2 * 4 * 2.0**-21 / (2 * step) for step in steps)
 
 
 @pytest.mark.parametrize("name", NAMES)
