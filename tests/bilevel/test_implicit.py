@@ -153,8 +153,10 @@ def test_the_fit_uses_the_solver_asked_for(solver: str) -> None:
     a = dense_hessian(lower, params) + 0.4 * torch.eye(len(b), dtype=torch.float64)
     if solver == "identity":
         z = b
-    elif solver == "adam":  # the second moment after one step, bias-corrected, is the squared gradient
-        z = b / (flatten(gradient_of(lower, before)).abs() + 1e-8)
+    elif solver == "adam":  # second moments after one step, and one more on b
+        g = flatten(gradient_of(lower, before))
+        v = (0.999 * 0.001 * g.square() + 0.001 * b.square()) / (1 - 0.999**2)
+        z = b / (v.sqrt() + 1e-8)
     elif solver == "neumann":
         z = 0.05 * sum(torch.linalg.matrix_power(torch.eye(len(b), dtype=b.dtype) - 0.05 * a, k) @ b for k in range(4))
     else:

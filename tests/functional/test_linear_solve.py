@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilect.functional.linear_solve import adam, cg, identity, neumann, relative_residual, sgd, spectral_norm
+from bilect.functional.linear_solve import (
+    adam,
+    cg,
+    identity,
+    neumann,
+    next_second_moment,
+    relative_residual,
+    sgd,
+    spectral_norm,
+)
 from bilect.functional.trees import Tree, TreeMap
 
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 1, 3)}
@@ -137,6 +146,27 @@ def test_adam_and_identity(rhs: Tree) -> None:
         torch.testing.assert_close(solution.z[k], v / (torch.sqrt(v**2 + 0.1) + 1e-3), rtol=1e-14, atol=0)
     assert solution.products == identity(rhs).products == 0
     assert torch.equal(flat(identity(rhs).z), flat(rhs))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 400])
+def test_the_second_moment_after_a_step_is_that_of_adamw_and_bounds_the_direction(steps: int) -> None:
+    generator = torch.Generator().manual_seed(steps)
+    parameter = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3)
+    often = torch.tensor([1.0, 1.0, 1.0, 1e-3, 0.0, 0.0], dtype=torch.float64)  # the last two: tokens not seen yet
+    for _ in range(steps):
+        parameter.grad = often * torch.randn(6, generator=generator, dtype=torch.float64)
+        optimizer.step()
+    b = torch.randn(6, generator=generator, dtype=torch.float64)
+    v = optimizer.state[parameter]["exp_avg_sq"].clone()
+    after = next_second_moment({"p": v}, steps, {"p": b}, 0.999)
+    parameter.grad = b.clone()
+    optimizer.step()
+    torch.testing.assert_close(after["p"], optimizer.state[parameter]["exp_avg_sq"] / (1 - 0.999 ** (steps + 1)))
+    z = adam({"p": b}, after).z["p"].abs()
+    bound = math.sqrt((1 - 0.999 ** (steps + 1)) / (1 - 0.999))
+    assert z.max() <= bound * (1 + 1e-9)
+    torch.testing.assert_close(z[-2:], torch.full_like(z[-2:], bound), rtol=1e-5, atol=0)  # by v alone: b / eps
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, 1e6])

@@ -61,8 +61,8 @@ def brute_influence(inputs: Inputs, checkpoints: int, steps: int, rate: float, s
         gradient = torch.autograd.grad(upper, list(model.parameters()))
         z = []
         for p, g in zip(model.parameters(), gradient, strict=True):
-            slot = optimizer.state[p]
-            v = slot["exp_avg_sq"] / (1 - 0.999 ** float(slot["step"]))
+            slot = optimizer.state[p]  # v as a step on the upper loss would leave it
+            v = (0.999 * slot["exp_avg_sq"] + 0.001 * g.square()) / (1 - 0.999 ** (float(slot["step"]) + 1))
             z.append(g / (v.sqrt() + 1e-8) if solver == "adam" else g)
         for k, row in enumerate(ROWS):
             own = torch.autograd.grad(mean_loss(model, [inputs.pool.row(row)]), list(model.parameters()))

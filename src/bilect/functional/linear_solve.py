@@ -22,6 +22,7 @@ __all__ = [
     "cg",
     "identity",
     "neumann",
+    "next_second_moment",
     "relative_residual",
     "sgd",
     "spectral_norm",
@@ -63,10 +64,27 @@ def adam(b: Tree, second_moment: Tree, eps: float = 1e-8) -> Solution:
 
     Args:
         b: gradient of the upper objective.
-        second_moment: v, bias-corrected second moments of the lower optimiser.
+        second_moment: v, bias-corrected second moments of the lower optimiser, see ``next_second_moment``.
         eps: of the lower optimiser.
     """
     return Solution({k: v / (second_moment[k].sqrt() + eps) for k, v in b.items()}, 0)
+
+
+def next_second_moment(second_moment: Tree, step: float, gradient: Tree, beta: float) -> Tree:
+    """``v' = [beta v + (1 - beta) g^2] / (1 - beta^(t+1))``: Adam's second moments as a step on ``g`` would leave them.
+
+    With g = b, ``adam`` is the direction in which Adam would take its next step on f (without momentum), and no entry
+    exceeds ``sqrt((1 - beta^(t+1)) / (1 - beta))``. By v alone, entries that no lower gradient has touched yet, such as
+    rare tokens of an optimiser a few steps old, are b / eps: they drown all others, and central differences along z.
+
+    Args:
+        second_moment: v as the optimiser holds it, not corrected.
+        step: t, its steps so far.
+        gradient: g.
+        beta: its beta2.
+    """
+    correction = 1 - beta ** (step + 1)
+    return {k: (beta * second_moment[k] + (1 - beta) * g.square()) / correction for k, g in gradient.items()}
 
 
 def neumann(hvp: TreeMap, b: Tree, *, steps: int, step_size: float, damping: float = 0.0) -> Solution:

@@ -9,6 +9,7 @@ import torch
 from bilect.bilevel.objective import Objective, lower_objective, upper_objective
 from bilect.data.batch import IGNORE, Batch, make_batch
 from bilect.data.loading import BatchStream, SetStream, length_bucketed
+from bilect.functional import linear_solve
 from bilect.functional.losses import token_losses
 from bilect.functional.trees import Tree
 from bilect.methods._influence import Adam
@@ -96,11 +97,11 @@ class Steps:
         """A copy of the parameters as they are."""
         return {name: p.detach().clone() for name, p in self.params.items()}
 
-    def second_moment(self) -> Tree:
-        """AdamW's v, bias-corrected."""
-        beta = self.optimizer.defaults["betas"][1]
-        states = {name: self.optimizer.state[p] for name, p in self.params.items()}
-        return {name: s["exp_avg_sq"] / (1 - beta ** float(s["step"])) for name, s in states.items()}
+    def second_moment(self, gradient: Tree) -> Tree:
+        """AdamW's v as a step on ``gradient`` would leave it, see ``linear_solve.next_second_moment``."""
+        state = {k: self.optimizer.state[p] for k, p in self.params.items()}
+        v, step = {k: s["exp_avg_sq"] for k, s in state.items()}, float(next(iter(state.values()))["step"])
+        return linear_solve.next_second_moment(v, step, gradient, self.optimizer.defaults["betas"][1])
 
 
 def pool_batches(inputs: Inputs, batch_size: int, label: str) -> BatchStream:

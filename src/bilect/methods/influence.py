@@ -3,9 +3,10 @@
     score_i = sum_c rate_c < grad l_i(theta_c), z_c >        z_c = P_c grad f(theta_c)
 
 over C checkpoints of a short continuation of the proxy's warm-up on the candidates, rate_c its learning rate. f is the
-upper loss on a large sample of the upper data, and P_c = 1 / (sqrt(v_c) + eps) with AdamW's second moment v_c (solver
-``adam``; SAMA, arXiv 2310.05674), or 1 (``identity``; TracIn, arXiv 2002.08484). To first order it is by how much steps
-on the document at the checkpoints lower f. No gradient of a single document is formed, see ``functional.directional``.
+upper loss on a large sample of the upper data, and P_c = 1 / (sqrt(v_c) + eps) with AdamW's second moment v_c as a step
+on f would leave it (solver ``adam``; SAMA, arXiv 2310.05674), or 1 (``identity``; TracIn, arXiv 2002.08484). To first
+order it is by how much steps on the document at the checkpoints lower f. No gradient of a single document is formed,
+see ``functional.directional``.
 """
 
 from functools import cached_property
@@ -124,7 +125,7 @@ class Influence(DocumentMethod[InfluenceConfig]):
             loss += gradient.ce / batches
         if config.solver == "identity":
             return total, loss
-        return linear_solve.adam(total, steps.second_moment(), steps.optimizer.defaults["eps"]).z, loss
+        return linear_solve.adam(total, steps.second_moment(total), steps.optimizer.defaults["eps"]).z, loss
 
     def _write(self, folder: Path) -> None:
         save_state(folder / FILE, _Found(self.pairs).state_dict())

@@ -20,7 +20,7 @@ class System:
         b: gradient of the upper objective.
         damping: see ``Solver.damping``.
         norm: of H, measured; None where the solver does not ask for it.
-        second_moment: of the proxy's Adam, bias-corrected; a function, since few ask for it.
+        second_moment: of the proxy's Adam, bias-corrected, as a step on b would leave it; a function: few ask for it.
         eps: of the same.
     """
 

@@ -1,4 +1,7 @@
-"""``z = b / (sqrt(v) + eps)``: the curvature that an Adam-trained lower level sees (SAMA, arXiv 2310.05674)."""
+"""``z = b / (sqrt(v') + eps)``: the curvature that an Adam-trained lower level sees (SAMA, arXiv 2310.05674).
+
+v' is v with b's square taken in, see ``functional.linear_solve.next_second_moment``.
+"""
 
 from bilect.bilevel.offline.solvers._solver import Solver, System
 from bilect.config import FitConfig
