@@ -67,7 +67,10 @@ Round = Annotated[
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"bilect {__version__}")
+        from bilect.runtime.revision import git_revision
+
+        revision = git_revision()
+        typer.echo(f"bilect {__version__}" + (f" ({revision[:12]})" if revision else ""))
         raise typer.Exit
 
 

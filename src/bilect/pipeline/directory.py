@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ from typing import Any
 
 from bilect.errors import BilectError
 from bilect.runtime.files import content_hash, flush, write_json
+from bilect.runtime.revision import git_revision
 
 __all__ = ["RunDir", "StageResult", "plain", "read_manifest", "stage_key"]
 
@@ -221,15 +221,5 @@ def _environment() -> dict[str, Any]:
             continue
     host = {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count(),
             "python": platform.python_version()}  # fmt: skip
-    return {"bilect_version": versions.get("bilect", ""), "git_revision": _git_revision(), "versions": versions,
+    return {"bilect_version": versions.get("bilect", ""), "git_revision": git_revision(), "versions": versions,
             "host": host}  # fmt: skip
-
-
-def _git_revision() -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None if result.returncode == 0 else None
