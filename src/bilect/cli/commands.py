@@ -1,5 +1,6 @@
 """Command line: parse, call one function, set the exit code."""
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from bilect import __version__
+from bilect.cli.output import Result, shown
 from bilect.errors import BilectError, explain
 from bilect.runtime.interrupts import Interrupted, ends_promptly
 from bilect.runtime.terminal import any_terminal, printable
@@ -60,6 +62,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan: tok
 Yes = Annotated[
     bool, typer.Option("--yes", help="Repeat stages of a finished run whose settings or inputs have changed.")
 ]
+Keep = Annotated[float | None, typer.Option(help="Share of the tokens to keep; default: the run's, else 0.2.")]
+Tokens = Annotated[str | None, typer.Option(help="Tokens to keep: 25M, 1.5B, 300k or a number.")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Documents to keep.")]
 Round = Annotated[
     int | None, typer.Option("--round", help="Of which round; default: the first that is not trained yet.")
 ]
@@ -114,13 +119,14 @@ def init(
 
 
 @app.command()
+@shown
 def choose(
     pool: Annotated[list[str], typer.Argument(help="Files, folders, globs, URLs: the candidates.", metavar="POOL...")],
     target: Annotated[list[str], typer.Option(help="Examples that say what good means; repeatable.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the result; an unfinished one there goes on.")],
-    keep: Annotated[float | None, typer.Option(help="Share of the tokens to keep; default 0.2.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens to keep: 25M, 1.5B, 300k or a number.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Documents to keep.")] = None,
+    keep: Keep = None,
+    tokens: Tokens = None,
+    top_k: TopK = None,
     method: Annotated[str | None, typer.Option(help="What to choose by, see docs/methods.md.")] = None,
     model: Annotated[
         str | None,
@@ -130,32 +136,35 @@ def choose(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-) -> None:
+) -> Result:
     """Choose the part of a pool to train on: records as they came, scores, and a report. Nothing else is trained."""
     from bilect.cli.choosing import choose_with_progress
     from bilect.pipeline.reuse import selection_settings
 
     amount = selection_settings(keep_ratio=keep, budget_tokens=tokens, top_k=top_k)
-    choose_with_progress(pool, target, out, amount, method, model, seed, overrides or [], dry_run, yes)
+    return choose_with_progress(pool, target, out, amount, method, model, seed, overrides or [], dry_run, yes)
 
 
 @app.command()
+@shown
 def run(
     config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False, yes: Yes = False
-) -> None:
+) -> Result:
     """Carry out a run, or what is left of it."""
-    _carry_out("run", config, out, overrides, None, dry_run, yes)
+    return _carry_out("run", config, out, overrides, None, dry_run, yes)
 
 
 @app.command()
+@shown
 def warmup(
     config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False, yes: Yes = False
-) -> None:
+) -> Result:
     """Tokenise, and train proxy and target on random documents."""
-    _carry_out("warmup", config, out, overrides, None, dry_run, yes)
+    return _carry_out("warmup", config, out, overrides, None, dry_run, yes)
 
 
 @app.command()
+@shown
 def fit(
     config: Source,
     out: Out = None,
@@ -163,12 +172,13 @@ def fit(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-) -> None:
+) -> Result:
     """Fit the score model of a round (and what it needs)."""
-    _carry_out("fit", config, out, overrides, number, dry_run, yes)
+    return _carry_out("fit", config, out, overrides, number, dry_run, yes)
 
 
 @app.command()
+@shown
 def export(
     selection: Annotated[Path, typer.Argument(help="Folder of a selection (kept.parquet or kept.jsonl.zst).")],
     to: Annotated[str, typer.Option("--to", help="doc-ids, hf-datasets, jsonl-zst, mds, megatron, parquet.")],
@@ -176,15 +186,17 @@ def export(
     tokens: Annotated[
         Path | None, typer.Option(help="Folder with pool.json, where the selection does not lie in its run.")
     ] = None,
-) -> None:
+) -> Result:
     """Write the kept documents in the format of a trainer."""
     from bilect.pipeline.exporting import export as write
 
     figures = write(selection, to, out, tokens=tokens)
     typer.echo(f"{out}: {figures['documents']:,} documents, {figures['tokens']:,} tokens")
+    return {"out": out, "format": to, **figures}
 
 
 @app.command()
+@shown
 def score(
     config: Source,
     out: Out = None,
@@ -199,25 +211,25 @@ def score(
     field: Annotated[
         list[str] | None, typer.Option(help="With --data: NAME=FIELD, such as text=content; repeatable.")
     ] = None,
-) -> None:
+) -> Result:
     """Score the shard of a round, or other files with the score model of a finished run."""
     if data:
         from bilect.cli.screens import score_with_progress
 
-        score_with_progress(config, data, _needed(out, "score --data"), field or [])
-    else:
-        _carry_out("score", config, out, overrides, number, dry_run, yes)
+        return score_with_progress(config, data, _needed(out, "score --data"), field or [])
+    return _carry_out("score", config, out, overrides, number, dry_run, yes)
 
 
 @app.command()
+@shown
 def select(
     source: Annotated[
         Path,
         typer.Argument(help="Run directory or folder of score files; or a config: then --out is its run directory."),
     ],
-    keep: Annotated[float | None, typer.Option(help="Share of the tokens to keep.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens to keep: 25M, 1.5B, 300k or a number.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Documents to keep.")] = None,
+    keep: Keep = None,
+    tokens: Tokens = None,
+    top_k: TopK = None,
     temperature: Annotated[float | None, typer.Option(help="Of Gumbel noise on the scores; 0: the plain top.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     min_share: Annotated[list[str] | None, typer.Option(help="SOURCE=SHARE, at least; repeatable.")] = None,
@@ -234,7 +246,7 @@ def select(
     number: Annotated[int | None, typer.Option("--round", help="Scores of which round; default: the last.")] = None,
     overrides: Overrides = None,
     yes: Yes = False,
-) -> None:
+) -> Result:
     """Keep another share, budget or mix from scores that are there: no new scoring."""
     from bilect.cli.screens import select_with_progress
     from bilect.pipeline.reuse import selection_settings
@@ -251,13 +263,13 @@ def select(
         output=None if output is None else output.value,
     )
     if source.is_dir():
-        select_with_progress(source, out, settings, number, seed)
-    else:
-        pairs = [f"selection={settings}"] if settings else []
-        _carry_out("select", source, out, [*pairs, *(overrides or [])], number, False, yes)
+        return select_with_progress(source, out, settings, number, seed)
+    pairs = [f"selection={settings}"] if settings else []
+    return _carry_out("select", source, out, [*pairs, *(overrides or [])], number, False, yes)
 
 
 @app.command()
+@shown
 def train(
     config: Source,
     out: Out = None,
@@ -269,12 +281,13 @@ def train(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-) -> None:
+) -> Result:
     """Train the target, and its controls, on the documents of a round; or compare ways to choose tokens (--method)."""
-    _carry_out("train", config, out, overrides, number, dry_run, yes, [m.value for m in method or []])
+    return _carry_out("train", config, out, overrides, number, dry_run, yes, [m.value for m in method or []])
 
 
 @app.command("eval")
+@shown
 def evaluate(
     config: Source,
     out: Out = None,
@@ -282,29 +295,30 @@ def evaluate(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-) -> None:
+) -> Result:
     """Held-out losses of the targets of a round."""
-    _carry_out("eval", config, out, overrides, number, dry_run, yes)
+    return _carry_out("eval", config, out, overrides, number, dry_run, yes)
 
 
 @app.command()
+@shown
 def compare(
     config: Annotated[Path, typer.Argument(help="Config (YAML) of a run; its controls are what is compared.")],
     out: Annotated[Path, typer.Option("--out", help="Folder; an unfinished comparison there goes on.")],
     overrides: Overrides = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-) -> None:
+) -> Result:
     """Every method over several seeds at equal tokens: gains with their intervals, costs, learning curves, overlap."""
     from bilect.cli.screens import compare_with_progress, plan_comparison
 
     if dry_run:
-        plan_comparison(config, out, overrides or [])
-    else:
-        compare_with_progress(config, out, overrides or [], repeat=yes)
+        return plan_comparison(config, out, overrides or [])
+    return compare_with_progress(config, out, overrides or [], repeat=yes)
 
 
 @app.command()
+@shown
 def verify(
     out: Annotated[Path, typer.Option("--out", file_okay=False, help="Folder of the results.")],
     quick: Annotated[bool, typer.Option("--quick", help="The short form.")] = False,
@@ -317,7 +331,7 @@ def verify(
     seeds: Annotated[int | None, typer.Option(help="With --retrain: fits of every method; default 1.")] = None,
     workers: Annotated[int | None, typer.Option(help="With --retrain: processes; default: one per core.")] = None,
     overrides: Overrides = None,
-) -> None:
+) -> tuple[Result, int]:
     """Every estimator against the exact answer, on problems small enough to have one; exit code 1 if a claim fails."""
     sizes = {"subsets": subsets, "candidates": candidates, "seeds": seeds, "workers": workers}
     given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
@@ -326,16 +340,19 @@ def verify(
             raise BilectError(f"verify: --{next(iter(given), 'set')} belongs to --retrain CONFIG, which is missing")
         from bilect.verify import run_verify
 
-        raise typer.Exit(run_verify(out, quick))
+        code = run_verify(out, quick)
+        return _read(out / "verify.json"), code
     if quick:
         raise BilectError("verify: --quick and --retrain are two studies; give one of them")
     from bilect.config import load_config
     from bilect.verify.retraining import run_retraining
 
     run_retraining(load_config(retrain, overrides or []), out, **given)
+    return _read(out / "retrain.json"), 0
 
 
 @app.command()
+@shown
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Run directory; several are compared on one page.", metavar="RUN...")
@@ -346,28 +363,11 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="With --export or several runs: folder of the result.")
     ] = None,
-) -> None:
+) -> Result:
     """Write report.html of a run again; or its plots as files; or one page that compares several runs."""
-    if export is None and len(runs) == 1:
-        from bilect.report import write_report
+    from bilect.cli.screens import write_pages
 
-        if not (runs[0] / "run.json").is_file():
-            raise BilectError(f"report: {runs[0]} is not a run directory (no run.json)")
-        typer.echo(str(write_report(runs[0])))
-        return
-    if out is None:
-        raise BilectError("report: --out DIR is missing (where plots, or the page of several runs, are written)")
-    if export is None:
-        from bilect.report import write_comparison
-
-        typer.echo(str(write_comparison(runs, out / "runs.html")))
-        return
-    from bilect.report.export import export_plots
-
-    if len(runs) > 1:
-        raise BilectError("report: --export takes one run")
-    for file in export_plots(runs[0], out, export):
-        typer.echo(str(file))
+    return {"files": write_pages(runs, export, out)}
 
 
 @app.command()
@@ -390,7 +390,7 @@ def _carry_out(
     dry_run: bool,
     yes: bool,
     arms: Sequence[str] = (),
-) -> None:
+) -> Result:
     from bilect.cli.screens import plan_on_screen, run_with_progress
 
     if source.is_dir():
@@ -399,9 +399,12 @@ def _carry_out(
         source, out = source / "config.yaml", out or source
     folder = _needed(out, command)
     if dry_run:
-        plan_on_screen(source, folder, overrides or [], arms)
-    else:
-        run_with_progress(source, folder, overrides or [], command=command, number=number, arms=arms, repeat=yes)
+        return plan_on_screen(source, folder, overrides or [], arms)
+    return run_with_progress(source, folder, overrides or [], command=command, number=number, arms=arms, repeat=yes)
+
+
+def _read(file: Path) -> Result:
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _needed(out: Path | None, command: str) -> Path:
