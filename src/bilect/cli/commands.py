@@ -381,6 +381,17 @@ def watch(
     serve(run_dir, port, lambda url: typer.echo(f"{url}   (Ctrl-C ends it)"))
 
 
+@app.command()
+@shown
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Where results are to be written.", metavar="[FOLDER]")] = Path(),
+) -> tuple[Result, int]:
+    """What works on this machine, and what to install or do; exit code 1 if something that is required does not."""
+    from bilect.cli.looking import show_machine
+
+    return show_machine(folder)
+
+
 def _carry_out(
     command: str,
     source: Path,
