@@ -19,7 +19,7 @@ from bilect.runtime.terminal import PlainConsole, silenced
 from tests.corpus import tiny_settings, write_corpus
 
 WITH_RESULT = {"choose", "run", "warmup", "fit", "score", "select", "train", "eval", "compare", "export", "report",
-               "verify", "doctor"}  # fmt: skip
+               "verify", "doctor", "inspect"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -392,6 +392,17 @@ def doctor(
     return show_machine(folder)
 
 
+@app.command()
+@shown
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Run directory, scores, selection, model or checkpoint (.pt).")],
+) -> Result:
+    """What lies at a path, what is in it, and the command that takes it further."""
+    from bilect.cli.looking import show_content
+
+    return show_content(path)
+
+
 def _carry_out(
     command: str,
     source: Path,

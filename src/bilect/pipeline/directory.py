@@ -28,7 +28,7 @@ from bilect.errors import BilectError
 from bilect.runtime.files import content_hash, flush, write_json
 from bilect.runtime.revision import git_revision
 
-__all__ = ["RunDir", "StageResult", "plain", "read_manifest", "stage_key"]
+__all__ = ["RunDir", "StageResult", "plain", "read_manifest", "scratch_name", "stage_key"]
 
 StageResult = dict[str, Any]
 
@@ -126,7 +126,7 @@ class RunDir:
             (``made_of``).
         """
         key = self.key(name, settings, after)
-        scratch = self.path / ".partial" / _folder_name(name)
+        scratch = self.path / ".partial" / scratch_name(name)
         if self.is_done(name, key):
             if self._main:
                 _clear(scratch)
@@ -199,8 +199,8 @@ def _clear(scratch: Path) -> None:
         scratch.parent.rmdir()
 
 
-def _folder_name(stage: str) -> str:
-    """Letters, digits and dashes; two stages that fall together would only wipe each other's scratch."""
+def scratch_name(stage: str) -> str:
+    """Of a stage: letters, digits and dashes; two stages that fall together would only wipe each other's scratch."""
     return re.sub(r"[^A-Za-z0-9]+", "-", stage).strip("-")
 
 
