@@ -107,13 +107,21 @@ def init(
     upper: Annotated[list[str] | None, typer.Option(help="Target set: what good means; repeatable.")] = None,
     heldout: Annotated[list[str] | None, typer.Option(help="Held-out set, for reporting; repeatable.")] = None,
     size: Annotated[_Size, typer.Option(help="tiny: minutes on a CPU; paper: 31M proxy, 410M target.")] = _Size.tiny,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Ask for these, and look at once whether the answers can be used.")
+    ] = False,
 ) -> None:
     """Write a commented config to start from."""
-    from bilect.config.template import starting_values, write_template
+    from bilect.config.template import check_new, starting_values, write_template
 
-    values = starting_values(
-        pool or ["data/pool/"], upper or ["data/upper.jsonl"], heldout or ["data/heldout.jsonl"], size.value
-    )
+    roles = pool or ["data/pool/"], upper or ["data/upper.jsonl"], heldout or ["data/heldout.jsonl"]
+    check_new(file)  # before anything is asked
+    if interactive:
+        from bilect.cli.questions import ask_settings
+
+        values = ask_settings(roles[0][0], roles[1][0], roles[2][0], size.value)
+    else:
+        values = starting_values(*roles, size.value)
     write_template(file, values)
     typer.echo(f"{file}: edit it, then `bilect run {file} --out runs/{file.stem} --dry-run`")
 
