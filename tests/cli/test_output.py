@@ -66,7 +66,7 @@ def test_quiet_says_nothing_but_errors(scored, tmp_path, said):
     assert said("select", scored, "--keep", "0.25", "--out", tmp_path / "kept", "--quiet") == (0, "", "")
     assert pq.read_metadata(tmp_path / "kept" / "kept.parquet").num_rows == 5
     code, out, err = said("select", scored, "--keep", "2", "--out", tmp_path / "no", "--quiet")
-    assert (code, out) == (2, "") and err.startswith("bilect: selection: keep_ratio") and err.count("\n") == 1
+    assert (code, out) == (2, "") and err.startswith("bilect: --keep 2: expected a share") and err.count("\n") == 1
 
 
 def test_an_error_leaves_standard_output_empty(scored, said):

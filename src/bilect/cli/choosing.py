@@ -72,7 +72,15 @@ def kept_table(title: str, sources: Mapping[str, Mapping[str, float]]) -> Any:
 
 
 def _plan_line(config: Any) -> str:
-    """What judges the documents."""
+    """What judges the documents.
+
+    Raises:
+        BilectError: there is no such method.
+    """
+    from bilect.methods import methods_of
+
+    if not methods_of(config)[config.method].uses_proxy:
+        return f"Method {config.method}; no model is needed."
     steps, data = config.warmup.proxy, config.data
     if not steps.steps:
         return f"Method {config.method}; judged by {config.models.proxy}, as it is."

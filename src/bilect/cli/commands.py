@@ -62,7 +62,24 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan: tok
 Yes = Annotated[
     bool, typer.Option("--yes", help="Repeat stages of a finished run whose settings or inputs have changed.")
 ]
-Keep = Annotated[float | None, typer.Option(help="Share of the tokens to keep; default: the run's, else 0.2.")]
+
+
+def _share(text: str) -> float:
+    """A share as people type it; what is meant otherwise is told in the words of the command line."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise BilectError(f"--keep {text}: expected a share of the tokens, more than 0 and at most 1, such as 0.2 for "
+                          "20%; a number of tokens is given by --tokens, of documents by --top-k")  # fmt: skip
+    return share
+
+
+Keep = Annotated[
+    float | None,
+    typer.Option(parser=_share, metavar="SHARE", help="Share of the tokens to keep; default: the run's, else 0.2."),
+]
 Tokens = Annotated[str | None, typer.Option(help="Tokens to keep: 25M, 1.5B, 300k or a number.")]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Documents to keep.")]
 Round = Annotated[
@@ -427,6 +444,9 @@ def _carry_out(
         if not (source / "config.yaml").is_file():
             raise BilectError(f"{command}: {source} is not a run directory (no config.yaml)")
         source, out = source / "config.yaml", out or source
+    elif not source.exists():
+        raise BilectError(f"config: cannot read {source}: No such file or directory; give a config, as `bilect init` "
+                          "writes, or a run directory")  # fmt: skip
     folder = _needed(out, command)
     if dry_run:
         return plan_on_screen(source, folder, overrides or [], arms)
@@ -443,18 +463,31 @@ def _needed(out: Path | None, command: str) -> Path:
     return out
 
 
+def _misused(error: Exception) -> str | None:
+    """One line for a command that cannot be parsed, or whose questions were not answered; None for other errors."""
+    if isinstance(error, typer.Abort):
+        return "stopped; nothing was written"
+    if not hasattr(error, "format_message"):  # of all errors in the use of a command, under any version of typer
+        return None
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "bilect"
+    return f"{error.format_message().rstrip('.')} (`{command} --help` lists what there is)"
+
+
 def main() -> None:
     """Entry point: what the user can put right is one line on stderr and exit code 2."""
     any_terminal()
     interrupted = "bilect: interrupted; the same command goes on from here"
     try:
         with ends_promptly(interrupted):
-            app()
+            code = app(None if sys.argv[1:] else ["--help"], standalone_mode=False)
+        if code:
+            sys.exit(code)
     except Interrupted as error:
         print(interrupted, file=sys.stderr, flush=True)
         os._exit(error.code)  # now: threads and processes of libraries are not waited for
     except Exception as error:
-        message = explain(error)
+        message = _misused(error) or explain(error)
         if message is None:
             raise
         print(f"bilect: {printable(message)}", file=sys.stderr)
