@@ -48,7 +48,7 @@ def corpus(tmp_path_factory):
         (f"{CHOOSE} --keep 0", "--keep 0: expected a share of the tokens"),
         (f"{CHOOSE} --tokens 25X", "--tokens 25X: expected a number of tokens such as 25M, 1.5B"),
         (f"{CHOOSE} --keep 0.2 --tokens 25k", "give one of keep_ratio, budget_tokens and top_k"),
-        (f"{CHOOSE} --kep 0.2", "No such option: --kep"),
+        (f"{CHOOSE} --kep 0.2", "No such option"),
         (f"{CHOOSE} --set fit.steps", "--set fit.steps: expected key=value"),
         (f"{CHOOSE} --set fitt.steps=3", "unknown key 'fitt'; did you mean 'fit'?"),
         (CHOOSE.replace("dsir", "dsri"), "there is no method 'dsri'; did you mean 'dsir'?"),
