@@ -156,7 +156,7 @@ BAD_RECORDS = {
     "list": (b"[1]", "not an object", ["expected an object"]),
     "encoding": (b'{"text": "\xff"}', "not UTF-8", ["not UTF-8"]),
     "surrogate": (b'{"text": "\\ud800"}', "not UTF-8", ["not UTF-8"]),
-    "missing": (b'{"body": "x", "n": 1}', "no text field", ["no field 'text'", "'body', 'n'", "fields: {text: NAME}"]),
+    "missing": (b'{"body": "x", "n": 1}', "no text field", ["no field 'text'", "'body', 'n'", "fields: {text: body}"]),
     "null": (b'{"text": null}', "no text field", ["field 'text' is null"]),
     "half": (b'{"prompt": "x"}', "no text field", ["nor 'prompt' with 'response'", "but 'prompt'"]),
     "number": (b'{"text": 3}', "text is not a string", ["field 'text' is a number, not a string"]),

@@ -188,7 +188,7 @@ def test_single_stages_add_up_to_the_run(finished, corpus, tmp_path):
         (["select", ".", "--tokens", "many"], "--tokens many: expected a number of tokens such as 25M"),
         (["select", ".", "--max-share", "0.5"], "--max-share 0.5: expected SOURCE=SHARE"),
         (["select", ".", "--keep", "0.5", "--top-k", "3"], "give one of keep_ratio and top_k|not keep_ratio and top_k"),
-        (["select", ".", "--keep", "1.5"], "selection: keep_ratio: Input should be less than or equal to 1"),
+        (["select", ".", "--keep", "1.5"], "--keep 1.5: expected a share of the tokens"),
         (["select", "."], "select: no score files in ."),
         (["score", ".", "--data", "x.jsonl", "--out", "o"], "score: . has fitted nothing to score by yet"),
         (["score", ".", "--data", "x", "--field", "text", "--out", "o"], "--field text: expected NAME=FIELD"),

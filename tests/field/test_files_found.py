@@ -17,6 +17,7 @@ from bilect.config import SourceConfig
 from bilect.data.documents import read_documents
 from bilect.data.formats import Format, raw_records
 from bilect.data.sources import find, inputs, places, set_name
+from bilect.data.tables import parquet_table
 from bilect.errors import BilectError
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -182,5 +183,6 @@ def test_duckdb_takes_a_column_from_a_path_unless_told_not_to(tmp_path):
     (tmp_path / "source=c4").mkdir()
     file = tmp_path / "source=c4" / "x.parquet"
     pq.write_table(pa.table({"source": ["mine"]}), file)
-    assert duckdb.sql(f"SELECT source FROM read_parquet('{file}')").fetchall() == [("c4",)]
-    assert duckdb.sql(f"SELECT source FROM read_parquet('{file}', hive_partitioning=false)").fetchall() == [("mine",)]
+    with duckdb.connect() as db:
+        assert db.sql(f"SELECT source FROM read_parquet('{file}')").fetchall() == [("c4",)]
+        assert db.sql(f"SELECT source FROM {parquet_table(file)}").fetchall() == [("mine",)]

@@ -337,7 +337,8 @@ def test_a_full_disk_is_not_swallowed(tmp_path, monkeypatch):
 def test_duckdb_reads_what_is_written(tmp_path):
     select(write(tmp_path / "scores", POOL), tmp_path / "out", SelectionConfig(top_k=3))
     query = f"SELECT reason, count(*), min(rank), max(rank) FROM '{tmp_path / 'out' / 'dropped.parquet'}' GROUP BY 1"
-    assert duckdb.sql(query).fetchall() == [(BELOW_THE_CUT, 7, 4, 10)]
+    with duckdb.connect() as db:
+        assert db.sql(query).fetchall() == [(BELOW_THE_CUT, 7, 4, 10)]
 
 
 def test_equal_scores_do_not_fill_one_bucket(tmp_path, monkeypatch):
@@ -365,7 +366,8 @@ def test_different_ids_of_one_hash_are_no_duplicates(tmp_path, monkeypatch):
 
 
 def hash_of(doc_id):
-    return duckdb.execute("SELECT hash(?::VARCHAR)", [doc_id]).fetchone()[0]
+    with duckdb.connect() as db:
+        return db.execute("SELECT hash(?::VARCHAR)", [doc_id]).fetchone()[0]
 
 
 def test_names_of_folders_are_no_columns(tmp_path):

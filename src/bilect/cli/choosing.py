@@ -1,6 +1,7 @@
 """``bilect choose`` as a person sees it: the plan in a line, live progress, what was kept of each source."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ def choose_with_progress(
     overrides: Sequence[str],
     dry_run: bool,
     yes: bool,
-) -> None:
-    """Choose, or show what choosing would cost."""
+) -> Mapping[str, Any]:
+    """Choose, or show what choosing would cost; returns what it shows."""
     from bilect.pipeline.choose import METHOD, choose, choosing_config
 
     settings = parse_overrides(overrides)
@@ -36,8 +37,7 @@ def choose_with_progress(
         from bilect.pipeline.plan import plan_run
 
         config = choosing_config(pool, target, **given)
-        show_plan(plan_run(config, out, command="select"), out)
-        return
+        return show_plan(plan_run(config, out, command="select"), out)
     with RichProgress() as progress:
         from transformers.utils import logging
 
@@ -47,7 +47,7 @@ def choose_with_progress(
         progress.note(_plan_line(choosing_config(pool, target, **given)))
         chosen = choose(pool, target, out, progress=progress, repeat=yes, **given)
         if not distributed.is_main():
-            return
+            return asdict(chosen)
         title = (f"{chosen.documents:,} of {chosen.pool_documents:,} documents, "
                  f"{chosen.tokens:,} of {chosen.pool_tokens:,} tokens kept")  # fmt: skip
         progress.console.print(kept_table(title, chosen.sources))
@@ -55,6 +55,7 @@ def choose_with_progress(
         progress.note(f"Scores: {chosen.scores}   Dropped, with rank and reason: {chosen.dropped}")
         progress.note(f"Report: {chosen.report}")
         progress.note(f"Another amount, without scoring again: bilect select {chosen.out} --keep 0.1")
+    return asdict(chosen)
 
 
 def kept_table(title: str, sources: Mapping[str, Mapping[str, float]]) -> Any:
@@ -71,7 +72,15 @@ def kept_table(title: str, sources: Mapping[str, Mapping[str, float]]) -> Any:
 
 
 def _plan_line(config: Any) -> str:
-    """What judges the documents."""
+    """What judges the documents.
+
+    Raises:
+        BilectError: there is no such method.
+    """
+    from bilect.methods import methods_of
+
+    if not methods_of(config)[config.method].uses_proxy:
+        return f"Method {config.method}; no model is needed."
     steps, data = config.warmup.proxy, config.data
     if not steps.steps:
         return f"Method {config.method}; judged by {config.models.proxy}, as it is."

@@ -1,5 +1,6 @@
 """Command line: parse, call one function, set the exit code."""
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from bilect import __version__
+from bilect.cli.output import Result, shown
 from bilect.errors import BilectError, explain
 from bilect.runtime.interrupts import Interrupted, ends_promptly
 from bilect.runtime.terminal import any_terminal, printable
@@ -60,6 +62,26 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan: tok
 Yes = Annotated[
     bool, typer.Option("--yes", help="Repeat stages of a finished run whose settings or inputs have changed.")
 ]
+
+
+def _share(text: str) -> float:
+    """A share as people type it; what is meant otherwise is told in the words of the command line."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise BilectError(f"--keep {text}: expected a share of the tokens, more than 0 and at most 1, such as 0.2 for "
+                          "20%; a number of tokens is given by --tokens, of documents by --top-k")  # fmt: skip
+    return share
+
+
+Keep = Annotated[
+    float | None,
+    typer.Option(parser=_share, metavar="SHARE", help="Share of the tokens to keep; default: the run's, else 0.2."),
+]
+Tokens = Annotated[str | None, typer.Option(help="Tokens to keep: 25M, 1.5B, 300k or a number.")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Documents to keep.")]
 Round = Annotated[
     int | None, typer.Option("--round", help="Of which round; default: the first that is not trained yet.")
 ]
@@ -67,7 +89,10 @@ Round = Annotated[
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"bilect {__version__}")
+        from bilect.runtime.revision import git_revision
+
+        revision = git_revision()
+        typer.echo(f"bilect {__version__}" + (f" ({revision[:12]})" if revision else ""))
         raise typer.Exit
 
 
@@ -99,25 +124,34 @@ def init(
     upper: Annotated[list[str] | None, typer.Option(help="Target set: what good means; repeatable.")] = None,
     heldout: Annotated[list[str] | None, typer.Option(help="Held-out set, for reporting; repeatable.")] = None,
     size: Annotated[_Size, typer.Option(help="tiny: minutes on a CPU; paper: 31M proxy, 410M target.")] = _Size.tiny,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Ask for these, and look at once whether the answers can be used.")
+    ] = False,
 ) -> None:
     """Write a commented config to start from."""
-    from bilect.config.template import starting_values, write_template
+    from bilect.config.template import check_new, starting_values, write_template
 
-    values = starting_values(
-        pool or ["data/pool/"], upper or ["data/upper.jsonl"], heldout or ["data/heldout.jsonl"], size.value
-    )
+    roles = pool or ["data/pool/"], upper or ["data/upper.jsonl"], heldout or ["data/heldout.jsonl"]
+    check_new(file)  # before anything is asked
+    if interactive:
+        from bilect.cli.questions import ask_settings
+
+        values = ask_settings(roles[0][0], roles[1][0], roles[2][0], size.value)
+    else:
+        values = starting_values(*roles, size.value)
     write_template(file, values)
     typer.echo(f"{file}: edit it, then `bilect run {file} --out runs/{file.stem} --dry-run`")
 
 
 @app.command()
+@shown
 def choose(
     pool: Annotated[list[str], typer.Argument(help="Files, folders, globs, URLs: the candidates.", metavar="POOL...")],
     target: Annotated[list[str], typer.Option(help="Examples that say what good means; repeatable.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the result; an unfinished one there goes on.")],
-    keep: Annotated[float | None, typer.Option(help="Share of the tokens to keep; default 0.2.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens to keep: 25M, 1.5B, 300k or a number.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Documents to keep.")] = None,
+    keep: Keep = None,
+    tokens: Tokens = None,
+    top_k: TopK = None,
     method: Annotated[str | None, typer.Option(help="What to choose by, see docs/methods.md.")] = None,
     model: Annotated[
         str | None,
@@ -127,32 +161,35 @@ def choose(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-) -> None:
+) -> Result:
     """Choose the part of a pool to train on: records as they came, scores, and a report. Nothing else is trained."""
     from bilect.cli.choosing import choose_with_progress
     from bilect.pipeline.reuse import selection_settings
 
     amount = selection_settings(keep_ratio=keep, budget_tokens=tokens, top_k=top_k)
-    choose_with_progress(pool, target, out, amount, method, model, seed, overrides or [], dry_run, yes)
+    return choose_with_progress(pool, target, out, amount, method, model, seed, overrides or [], dry_run, yes)
 
 
 @app.command()
+@shown
 def run(
     config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False, yes: Yes = False
-) -> None:
+) -> Result:
     """Carry out a run, or what is left of it."""
-    _carry_out("run", config, out, overrides, None, dry_run, yes)
+    return _carry_out("run", config, out, overrides, None, dry_run, yes)
 
 
 @app.command()
+@shown
 def warmup(
     config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False, yes: Yes = False
-) -> None:
+) -> Result:
     """Tokenise, and train proxy and target on random documents."""
-    _carry_out("warmup", config, out, overrides, None, dry_run, yes)
+    return _carry_out("warmup", config, out, overrides, None, dry_run, yes)
 
 
 @app.command()
+@shown
 def fit(
     config: Source,
     out: Out = None,
@@ -160,12 +197,13 @@ def fit(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-) -> None:
+) -> Result:
     """Fit the score model of a round (and what it needs)."""
-    _carry_out("fit", config, out, overrides, number, dry_run, yes)
+    return _carry_out("fit", config, out, overrides, number, dry_run, yes)
 
 
 @app.command()
+@shown
 def export(
     selection: Annotated[Path, typer.Argument(help="Folder of a selection (kept.parquet or kept.jsonl.zst).")],
     to: Annotated[str, typer.Option("--to", help="doc-ids, hf-datasets, jsonl-zst, mds, megatron, parquet.")],
@@ -173,15 +211,17 @@ def export(
     tokens: Annotated[
         Path | None, typer.Option(help="Folder with pool.json, where the selection does not lie in its run.")
     ] = None,
-) -> None:
+) -> Result:
     """Write the kept documents in the format of a trainer."""
     from bilect.pipeline.exporting import export as write
 
     figures = write(selection, to, out, tokens=tokens)
     typer.echo(f"{out}: {figures['documents']:,} documents, {figures['tokens']:,} tokens")
+    return {"out": out, "format": to, **figures}
 
 
 @app.command()
+@shown
 def score(
     config: Source,
     out: Out = None,
@@ -196,25 +236,25 @@ def score(
     field: Annotated[
         list[str] | None, typer.Option(help="With --data: NAME=FIELD, such as text=content; repeatable.")
     ] = None,
-) -> None:
+) -> Result:
     """Score the shard of a round, or other files with the score model of a finished run."""
     if data:
         from bilect.cli.screens import score_with_progress
 
-        score_with_progress(config, data, _needed(out, "score --data"), field or [], yes)
-    else:
-        _carry_out("score", config, out, overrides, number, dry_run, yes)
+        return score_with_progress(config, data, _needed(out, "score --data"), field or [], yes)
+    return _carry_out("score", config, out, overrides, number, dry_run, yes)
 
 
 @app.command()
+@shown
 def select(
     source: Annotated[
         Path,
         typer.Argument(help="Run directory or folder of score files; or a config: then --out is its run directory."),
     ],
-    keep: Annotated[float | None, typer.Option(help="Share of the tokens to keep.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens to keep: 25M, 1.5B, 300k or a number.")] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Documents to keep.")] = None,
+    keep: Keep = None,
+    tokens: Tokens = None,
+    top_k: TopK = None,
     temperature: Annotated[float | None, typer.Option(help="Of Gumbel noise on the scores; 0: the plain top.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     min_share: Annotated[list[str] | None, typer.Option(help="SOURCE=SHARE, at least; repeatable.")] = None,
@@ -231,7 +271,7 @@ def select(
     number: Annotated[int | None, typer.Option("--round", help="Scores of which round; default: the last.")] = None,
     overrides: Overrides = None,
     yes: Yes = False,
-) -> None:
+) -> Result:
     """Keep another share, budget or mix from scores that are there: no new scoring."""
     from bilect.cli.screens import select_with_progress
     from bilect.pipeline.reuse import selection_settings
@@ -248,13 +288,13 @@ def select(
         output=None if output is None else output.value,
     )
     if source.is_dir():
-        select_with_progress(source, out, settings, number, seed, yes)
-    else:
-        pairs = [f"selection={settings}"] if settings else []
-        _carry_out("select", source, out, [*pairs, *(overrides or [])], number, False, yes)
+        return select_with_progress(source, out, settings, number, seed, yes)
+    pairs = [f"selection={settings}"] if settings else []
+    return _carry_out("select", source, out, [*pairs, *(overrides or [])], number, False, yes)
 
 
 @app.command()
+@shown
 def train(
     config: Source,
     out: Out = None,
@@ -266,12 +306,13 @@ def train(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-) -> None:
+) -> Result:
     """Train the target, and its controls, on the documents of a round; or compare ways to choose tokens (--method)."""
-    _carry_out("train", config, out, overrides, number, dry_run, yes, [m.value for m in method or []])
+    return _carry_out("train", config, out, overrides, number, dry_run, yes, [m.value for m in method or []])
 
 
 @app.command("eval")
+@shown
 def evaluate(
     config: Source,
     out: Out = None,
@@ -279,29 +320,30 @@ def evaluate(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-) -> None:
+) -> Result:
     """Held-out losses of the targets of a round."""
-    _carry_out("eval", config, out, overrides, number, dry_run, yes)
+    return _carry_out("eval", config, out, overrides, number, dry_run, yes)
 
 
 @app.command()
+@shown
 def compare(
     config: Annotated[Path, typer.Argument(help="Config (YAML) of a run; its controls are what is compared.")],
     out: Annotated[Path, typer.Option("--out", help="Folder; an unfinished comparison there goes on.")],
     overrides: Overrides = None,
     dry_run: DryRun = False,
     yes: Yes = False,
-) -> None:
+) -> Result:
     """Every method over several seeds at equal tokens: gains with their intervals, costs, learning curves, overlap."""
     from bilect.cli.screens import compare_with_progress, plan_comparison
 
     if dry_run:
-        plan_comparison(config, out, overrides or [])
-    else:
-        compare_with_progress(config, out, overrides or [], repeat=yes)
+        return plan_comparison(config, out, overrides or [])
+    return compare_with_progress(config, out, overrides or [], repeat=yes)
 
 
 @app.command()
+@shown
 def verify(
     out: Annotated[Path, typer.Option("--out", file_okay=False, help="Folder of the results.")],
     quick: Annotated[bool, typer.Option("--quick", help="The short form.")] = False,
@@ -314,7 +356,7 @@ def verify(
     seeds: Annotated[int | None, typer.Option(help="With --retrain: fits of every method; default 1.")] = None,
     workers: Annotated[int | None, typer.Option(help="With --retrain: processes; default: one per core.")] = None,
     overrides: Overrides = None,
-) -> None:
+) -> tuple[Result, int]:
     """Every estimator against the exact answer, on problems small enough to have one; exit code 1 if a claim fails."""
     sizes = {"subsets": subsets, "candidates": candidates, "seeds": seeds, "workers": workers}
     given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
@@ -323,16 +365,19 @@ def verify(
             raise BilectError(f"verify: --{next(iter(given), 'set')} belongs to --retrain CONFIG, which is missing")
         from bilect.verify import run_verify
 
-        raise typer.Exit(run_verify(out, quick))
+        code = run_verify(out, quick)
+        return _read(out / "verify.json"), code
     if quick:
         raise BilectError("verify: --quick and --retrain are two studies; give one of them")
     from bilect.config import load_config
     from bilect.verify.retraining import run_retraining
 
     run_retraining(load_config(retrain, overrides or []), out, **given)
+    return _read(out / "retrain.json"), 0
 
 
 @app.command()
+@shown
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Run directory; several are compared on one page.", metavar="RUN...")
@@ -343,28 +388,11 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="With --export or several runs: folder of the result.")
     ] = None,
-) -> None:
+) -> Result:
     """Write report.html of a run again; or its plots as files; or one page that compares several runs."""
-    if export is None and len(runs) == 1:
-        from bilect.report import write_report
+    from bilect.cli.screens import write_pages
 
-        if not (runs[0] / "run.json").is_file():
-            raise BilectError(f"report: {runs[0]} is not a run directory (no run.json)")
-        typer.echo(str(write_report(runs[0])))
-        return
-    if out is None:
-        raise BilectError("report: --out DIR is missing (where plots, or the page of several runs, are written)")
-    if export is None:
-        from bilect.report import write_comparison
-
-        typer.echo(str(write_comparison(runs, out / "runs.html")))
-        return
-    from bilect.report.export import export_plots
-
-    if len(runs) > 1:
-        raise BilectError("report: --export takes one run")
-    for file in export_plots(runs[0], out, export):
-        typer.echo(str(file))
+    return {"files": write_pages(runs, export, out)}
 
 
 @app.command()
@@ -378,6 +406,28 @@ def watch(
     serve(run_dir, port, lambda url: typer.echo(f"{url}   (Ctrl-C ends it)"))
 
 
+@app.command()
+@shown
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="Where results are to be written.", metavar="[FOLDER]")] = Path(),
+) -> tuple[Result, int]:
+    """What works on this machine, and what to install or do; exit code 1 if something that is required does not."""
+    from bilect.cli.looking import show_machine
+
+    return show_machine(folder)
+
+
+@app.command()
+@shown
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Run directory, scores, selection, model or checkpoint (.pt).")],
+) -> Result:
+    """What lies at a path, what is in it, and the command that takes it further."""
+    from bilect.cli.looking import show_content
+
+    return show_content(path)
+
+
 def _carry_out(
     command: str,
     source: Path,
@@ -387,18 +437,24 @@ def _carry_out(
     dry_run: bool,
     yes: bool,
     arms: Sequence[str] = (),
-) -> None:
+) -> Result:
     from bilect.cli.screens import plan_on_screen, run_with_progress
 
     if source.is_dir():
         if not (source / "config.yaml").is_file():
             raise BilectError(f"{command}: {source} is not a run directory (no config.yaml)")
         source, out = source / "config.yaml", out or source
+    elif not source.exists():
+        raise BilectError(f"config: cannot read {source}: No such file or directory; give a config, as `bilect init` "
+                          "writes, or a run directory")  # fmt: skip
     folder = _needed(out, command)
     if dry_run:
-        plan_on_screen(source, folder, overrides or [], arms)
-    else:
-        run_with_progress(source, folder, overrides or [], command=command, number=number, arms=arms, repeat=yes)
+        return plan_on_screen(source, folder, overrides or [], arms)
+    return run_with_progress(source, folder, overrides or [], command=command, number=number, arms=arms, repeat=yes)
+
+
+def _read(file: Path) -> Result:
+    return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def _needed(out: Path | None, command: str) -> Path:
@@ -407,18 +463,31 @@ def _needed(out: Path | None, command: str) -> Path:
     return out
 
 
+def _misused(error: Exception) -> str | None:
+    """One line for a command that cannot be parsed, or whose questions were not answered; None for other errors."""
+    if isinstance(error, typer.Abort):
+        return "stopped; nothing was written"
+    if not hasattr(error, "format_message"):  # of all errors in the use of a command, under any version of typer
+        return None
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "bilect"
+    return f"{error.format_message().rstrip('.')} (`{command} --help` lists what there is)"
+
+
 def main() -> None:
     """Entry point: what the user can put right is one line on stderr and exit code 2."""
     any_terminal()
     interrupted = "bilect: interrupted; the same command goes on from here"
     try:
         with ends_promptly(interrupted):
-            app()
+            code = app(None if sys.argv[1:] else ["--help"], standalone_mode=False)
+        if code:
+            sys.exit(code)
     except Interrupted as error:
         print(interrupted, file=sys.stderr, flush=True)
         os._exit(error.code)  # now: threads and processes of libraries are not waited for
     except Exception as error:
-        message = explain(error)
+        message = _misused(error) or explain(error)
         if message is None:
             raise
         print(f"bilect: {printable(message)}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Runs, plans and selections as a person sees them: live progress, then a table."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from bilect.runtime.progress import RichProgress
 from bilect.runtime.terminal import PlainConsole
 
 if TYPE_CHECKING:
+    from bilect.cli.output import Result
     from bilect.pipeline.plan import PlannedStage
 
 SHARES = ("pool_share", "kept_share", "kept_fraction")
@@ -25,6 +27,7 @@ __all__ = [
     "show_demo",
     "show_plan",
     "show_run",
+    "write_pages",
 ]
 
 
@@ -37,9 +40,9 @@ def run_with_progress(
     number: int | None = None,
     arms: Sequence[Any] = (),
     repeat: bool = False,
-) -> None:
+) -> "Result":
     """``bilect run`` and its parts: read the config, then ``show_run``."""
-    show_run(load_config(config_file, overrides), out, command=command, number=number, arms=arms, repeat=repeat)
+    return show_run(load_config(config_file, overrides), out, command=command, number=number, arms=arms, repeat=repeat)
 
 
 def show_run(
@@ -50,8 +53,8 @@ def show_run(
     number: int | None = None,
     arms: Sequence[Any] = (),
     repeat: bool = False,
-) -> dict[str, Any]:
-    """Carry out a run, or one part of it, with live progress, and print its table."""
+) -> "Result":
+    """Carry out a run, or one part of it, with live progress, and print its table; returns its figures."""
     with RichProgress() as progress:
         from transformers.utils import logging
 
@@ -60,14 +63,19 @@ def show_run(
 
         logging.disable_progress_bar()  # ours says more
         summary = run(config, out, progress, command=command, number=number, arms=arms, repeat=repeat)
+        if command != "run":
+            figures = {name: {k: v for k, v in record.items() if k != "made_of"} for name, record in summary.items()}
+            result = {"out": out, "stages": figures}
+        else:
+            result = {"out": out, "report": out / "report.html", **summary}
         if not distributed.is_main():
-            return summary
+            return result
         if command != "run":
             progress.console.print(_stage_table(summary))
             if arms:
                 progress.console.print(_method_table(summary, arms))
             progress.note(f"Results: {out}")
-            return summary
+            return result
         for part, reasons in summary.get("skipped", {}).items():
             listed = ", ".join(f"{n} ({reason})" for reason, n in reasons.items())
             if listed:
@@ -79,7 +87,7 @@ def show_run(
             progress.console.print(_tasks_table(summary["tasks"]))
         progress.note(summary["verdict"])
         progress.note(f"Report: {out / 'report.html'}   Numbers: {out / 'summary.json'}")
-    return summary
+    return result
 
 
 def show_demo(out: Path, seed: int = 0, *, repeat: bool = False) -> None:
@@ -113,15 +121,15 @@ def show_demo(out: Path, seed: int = 0, *, repeat: bool = False) -> None:
     show_run(config, out, repeat=repeat)
 
 
-def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str], arms: Sequence[Any] = ()) -> None:
+def plan_on_screen(config_file: Path, out: Path, overrides: Sequence[str], arms: Sequence[Any] = ()) -> "Result":
     """``--dry-run``: the stages, what is done, and what the rest costs."""
     from bilect.pipeline.plan import plan_run
 
-    show_plan(plan_run(load_config(config_file, overrides), out, arms), out)
+    return show_plan(plan_run(load_config(config_file, overrides), out, arms), out)
 
 
-def show_plan(lines: "Sequence[PlannedStage]", out: Path) -> None:
-    """A plan as a table."""
+def show_plan(lines: "Sequence[PlannedStage]", out: Path) -> "Result":
+    """A plan as a table; returns it."""
     from rich.table import Table
 
     table = Table(title=f"Plan of {out}: nothing is written")
@@ -137,9 +145,11 @@ def show_plan(lines: "Sequence[PlannedStage]", out: Path) -> None:
     console = PlainConsole()
     console.print(table)
     console.print("Tokens are estimated from samples of the files; times from a short probe of this machine.")
+    return {"out": out, "stages": [asdict(line) for line in lines],
+            "left": dict(zip(("tokens", "flops", "seconds"), sums, strict=True))}  # fmt: skip
 
 
-def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str], *, repeat: bool = False) -> None:
+def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str], *, repeat: bool = False) -> "Result":
     """``bilect compare``: a line per finished stage, then a table and the verdict of each variant."""
     from bilect.compare import compare
 
@@ -150,9 +160,10 @@ def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str]
         console.print(_comparison_table(name, variant))
         console.print(" ".join(variant["verdict"]))
     console.print(f"Page: {out / 'comparison.html'}   Numbers: {out / 'comparison.json'}, {out / 'comparison.csv'}")
+    return {"out": out, "page": out / "comparison.html", **comparison}
 
 
-def plan_comparison(config_file: Path, out: Path, overrides: Sequence[str]) -> None:
+def plan_comparison(config_file: Path, out: Path, overrides: Sequence[str]) -> "Result":
     """``bilect compare --dry-run``: what is left of each variant, and what it costs."""
     from rich.table import Table
 
@@ -172,9 +183,10 @@ def plan_comparison(config_file: Path, out: Path, overrides: Sequence[str]) -> N
     console = PlainConsole()
     console.print(table)
     console.print("Times are of one run after the other, without those of choosing by other methods.")
+    return {"out": out, "variants": [asdict(line) for line in lines]}
 
 
-def score_with_progress(run_dir: Path, data: Sequence[str], out: Path, fields: Sequence[str], repeat: bool) -> None:
+def score_with_progress(run_dir: Path, data: Sequence[str], out: Path, fields: Sequence[str], repeat: bool) -> "Result":
     """``bilect score RUN --data FILES``: scores of other files by a run's score model."""
     with RichProgress() as progress:
         from transformers.utils import logging
@@ -186,11 +198,12 @@ def score_with_progress(run_dir: Path, data: Sequence[str], out: Path, fields: S
         figures = score_files(run_dir, data, out, progress=progress, fields=names, repeat=repeat)
         counts = f"{figures['documents']:,} documents, {figures['tokens']:,} tokens"
         progress.note(f"{counts}: {out / 'scores'}; `bilect select {out} --keep 0.2` keeps the best")
+    return {"out": out, "scores": out / "scores", **figures}
 
 
 def select_with_progress(
     source: Path, out: Path | None, settings: Mapping[str, Any], number: int | None, seed: int, repeat: bool
-) -> None:
+) -> "Result":
     """``bilect select RUN``: another selection from scores that are there."""
     from bilect.cli.choosing import kept_table
     from bilect.pipeline.reuse import select_again
@@ -208,6 +221,37 @@ def select_with_progress(
     if chosen.note:
         progress.note(chosen.note)
     progress.note(f"Kept: {folder / 'kept.*'}   Dropped, with rank and reason: {folder / 'dropped.parquet'}")
+    return {"out": folder, **asdict(chosen), "note": chosen.note}
+
+
+def write_pages(runs: Sequence[Path], export: str | None, out: Path | None) -> list[Path]:
+    """``bilect report``: the page of a run, its plots as files, or one page of several runs; returns what was written.
+
+    Raises:
+        BilectError: no run directory; several runs or plots without a folder for them.
+    """
+    if export is None and len(runs) == 1:
+        from bilect.report import write_report
+
+        if not (runs[0] / "run.json").is_file():
+            raise BilectError(f"report: {runs[0]} is not a run directory (no run.json)")
+        files = [write_report(runs[0])]
+    elif out is None:
+        raise BilectError("report: --out DIR is missing (where plots, or the page of several runs, are written)")
+    elif export is None:
+        from bilect.report import write_comparison
+
+        files = [write_comparison(runs, out / "runs.html")]
+    elif len(runs) > 1:
+        raise BilectError("report: --export takes one run")
+    else:
+        from bilect.report.export import export_plots
+
+        files = list(export_plots(runs[0], out, export))
+    console = PlainConsole()
+    for file in files:
+        console.print(str(file))
+    return files
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -1,8 +1,9 @@
 """Where the texts lie, and how they become tokens."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bilect.config.base import Positive, PositiveFloat, Settings
 
@@ -70,3 +71,13 @@ class DataConfig(Settings):
         None, description="directory, Hub name or tokenizer.json; None: trained on the pool unless a model brings one"
     )
     vocab_size: Annotated[int, Field(ge=300)] = Field(4096, description="ids of a tokenizer that is trained here")
+
+    @field_validator("lower_data", "upper_data", "heldout_data", mode="before")
+    @classmethod
+    def _list_of_sources(cls, value: Any) -> Any:
+        several = isinstance(value, list | tuple)
+        if not several or not all(isinstance(source, Mapping | SourceConfig) for source in value):
+            first = value[0] if several and value else value
+            path = first if isinstance(first, str) else "FILE"
+            raise ValueError(f"expected a list of sources, such as [{{path: {path}}}]")
+        return value

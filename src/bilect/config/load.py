@@ -64,10 +64,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except OSError as error:
         raise BilectError(f"config: cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BilectError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise BilectError(f"config: {path}{_not_yaml(path, error)}") from error
     if not isinstance(values, dict):
-        raise BilectError(f"config: {path} must hold a mapping of settings")
+        raise BilectError(f"config: {path} must hold a mapping of settings, as `bilect init` writes it")
     return parse_config(apply_overrides(_absolute(values, path.parent.absolute()), overrides))
+
+
+def _not_yaml(path: Path, error: Exception) -> str:
+    """What is wrong with a file that is no YAML, and where; or what was probably meant by it."""
+    if path.suffix not in (".yaml", ".yml", ""):
+        return " is no config (YAML); `bilect init` writes one, and `bilect choose` takes a pool of text"
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return f" is not valid YAML: {' '.join(str(error).split())}"
+    context, begin = getattr(error, "context", None), getattr(error, "context_mark", None)
+    inside = f" {context}, which begins in line {begin.line + 1}" if context and begin else ""
+    hint = "; indent by spaces" if "\\t" in problem else ""
+    return f", line {mark.line + 1}, column {mark.column + 1}: not valid YAML{inside}: {problem}{hint}"
 
 
 def _absolute(values: Mapping[str, Any], base: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from bilect.config import Config, SourceConfig
 from bilect.errors import BilectError, reason
 
-__all__ = ["Size", "config_template", "starting_values", "write_template"]
+__all__ = ["Size", "check_new", "config_template", "starting_values", "write_template"]
 
 Size = Literal["tiny", "paper"]
 
@@ -30,7 +30,9 @@ _TITLES = {
 }
 
 
-def starting_values(pool: Sequence[str], upper: Sequence[str], heldout: Sequence[str], size: Size) -> dict[str, Any]:
+def starting_values(
+    pool: Sequence[str], upper: Sequence[str], heldout: Sequence[str], size: Size, model: str | None = None
+) -> dict[str, Any]:
     """The settings a user decides.
 
     Args:
@@ -38,6 +40,8 @@ def starting_values(pool: Sequence[str], upper: Sequence[str], heldout: Sequence
         upper: of the target set.
         heldout: of the held-out set.
         size: "tiny" runs in minutes on a CPU; "paper" is BLISS at 31M proxy and 410M target.
+        model: directory or Hub name of a trained model, as proxy and target; it brings its tokenizer, and learns more
+            slowly. With size "tiny".
     """
     data: dict[str, Any] = {
         "lower_data": [{"path": p} for p in pool],
@@ -55,15 +59,15 @@ def starting_values(pool: Sequence[str], upper: Sequence[str], heldout: Sequence
             "online": {"method": "full"},
             "rounds": 4,
         }
-    training = {"batch_size": 16, "learning_rate": 2e-3}
+    training = {"batch_size": 16, "learning_rate": 2e-3 if model is None else 2e-5}
     return {
-        "data": {**data, "context": 128, "long_documents": "chunk", "vocab_size": 2048},
-        "models": {"proxy": "tiny-100k", "target": "tiny-300k"},
+        "data": {**data, "context": 128, "long_documents": "chunk", **({"vocab_size": 2048} if model is None else {})},
+        "models": {"proxy": model or "tiny-100k", "target": model or "tiny-300k"},
         "warmup": {
             "proxy": {**training, "steps": 150, "decay_steps": 0},
             "target": {**training, "steps": 150, "decay_steps": 20},
         },
-        "fit": {"steps": 80, "proxy_learning_rate": 5e-4, "score_learning_rate": 1e-3},
+        "fit": {"steps": 80, "proxy_learning_rate": 5e-4 if model is None else 1e-5, "score_learning_rate": 1e-3},
         "selection": {"keep_ratio": 0.2},
         "training": {**training, "steps": 120, "decay_steps": 20},
         "online": {"method": "full", "sync_every": 40, "reference_steps": 12, "diagnose_every": 10},
@@ -138,8 +142,18 @@ def _seen_from(folder: Path, values: Mapping[str, Any]) -> Mapping[str, Any]:
         return os.path.relpath(path, folder) + "/" * path.endswith("/")
 
     roles = ("lower_data", "upper_data", "heldout_data")
-    data = {role: [{"path": seen(source["path"])} for source in values["data"][role]] for role in roles}
+    data = {role: [{**source, "path": seen(source["path"])} for source in values["data"][role]] for role in roles}
     return {**values, "data": {**values["data"], **data}}
+
+
+def check_new(path: Path) -> None:
+    """See that no file is replaced.
+
+    Raises:
+        BilectError: there is one.
+    """
+    if os.path.lexists(path):
+        raise BilectError(f"init: {path} exists; name another file, or remove it")
 
 
 def write_template(path: Path, values: Mapping[str, Any]) -> None:
@@ -148,11 +162,10 @@ def write_template(path: Path, values: Mapping[str, Any]) -> None:
     Raises:
         BilectError: the file exists.
     """
+    check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
             file.write(config_template(_seen_from(path.parent, values)))
     except OSError as error:
-        if isinstance(error, FileExistsError) and path.exists():
-            raise BilectError(f"init: {path} exists; name another file, or remove it") from error
         raise BilectError(f"init: cannot write {path}: {reason(error)}; name another file") from error

@@ -17,7 +17,17 @@ from bilect.data.formats import format_of, parquet_batches, raw_records, whole
 from bilect.data.sources import Input, inputs, open_dataset
 from bilect.errors import BilectError, reason
 
-__all__ = ["Document", "Problem", "bad_record", "check_fields", "hash64", "parsed", "read_documents", "read_input"]
+__all__ = [
+    "Document",
+    "Problem",
+    "bad_record",
+    "check_fields",
+    "first_record",
+    "hash64",
+    "parsed",
+    "read_documents",
+    "read_input",
+]
 
 
 def bad_record(source: Input, problem: Problem) -> BilectError:
@@ -57,6 +67,20 @@ def read_input(source: Input) -> Iterator[Document | Problem]:
         fields = Fields({})
     for number, record in _records(source, fields):
         yield record if isinstance(record, Problem) else fields.document(record, number, source.label)
+
+
+def first_record(source: Input) -> tuple[Mapping[str, Any], Document | Problem]:
+    """The first record of an input, with all of its fields, and the document that it is; none where it is no record.
+
+    Raises:
+        BilectError: the input cannot be read, or is empty.
+    """
+    fields = Fields({} if source.names else source.source.fields)
+    for number, record in _records(source, fields, every=True):
+        if isinstance(record, Problem):
+            return {}, record
+        return record, fields.document(record, number, source.label)
+    raise BilectError(f"data: {source.where} holds no record")
 
 
 def check_fields(source: Input) -> None:

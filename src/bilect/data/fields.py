@@ -123,10 +123,12 @@ class Fields:
 
     def _wanted(self, record: Mapping[str, Any]) -> str:
         there = ", ".join(map(repr, list(record)[:10])) or "no fields"
+        texts = [name for name, value in record.items() if isinstance(value, str)]
+        likely = max(texts, key=lambda name: len(record[name]), default="NAME")
         wanted = [" or ".join(map(repr, names)) for names in (self.text, self.chats if self._told else ()) if names]
         if self.pair:
             wanted.append(" with ".join(" and ".join(map(repr, names)) for names in self.pair))
-        return f"no field {', nor '.join(wanted)}, but {there}; rename with fields: {{text: NAME}}"
+        return f"no field {', nor '.join(wanted)}, but {there}; rename with fields: {{text: {likely}}}"
 
 
 class _Unusable:

@@ -6,6 +6,7 @@ glob, what begins with a dot or an underscore is hidden or half-written (``.ipyn
 """
 
 import glob
+import importlib.util
 import os
 import re
 from collections import Counter
@@ -187,13 +188,10 @@ def open_dataset(source: SourceConfig) -> Any:
     Raises:
         BilectError: the datasets library is missing, or there is no such dataset, subset or split.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise BilectError(
-            f"data: dataset {source.dataset} needs the datasets library: pip install 'bilect[hub]'"
-        ) from error
     assert source.dataset is not None
+    _check_library(source.dataset)
+    import datasets
+
     folder = _local_folder(source.dataset)
     try:
         if folder and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
@@ -225,7 +223,9 @@ def _find(fs: Any, path: str, given: str) -> tuple[str | None, list[str], list[t
         base, pattern, found = path.rstrip("/"), "", fs.find(path)
     elif fs.exists(path):
         if format_of(path) is None:
-            raise BilectError(f"data: {given} is none of {READ}")
+            config = path.endswith((".yaml", ".yml"))
+            hint = "; a config is what `bilect run` takes" if config else "; convert it to one of them"
+            raise BilectError(f"data: {given} is none of {READ}{hint}")
         return None, [path], []
     elif any(c in path for c in "*?["):
         base, pattern = _plain_start(fs, path)
@@ -298,7 +298,13 @@ def _file_identity(url: str) -> str:
     return content_hash([url, info.get("size"), {k: info[k] for k in _VERSION_KEYS if k in info}])
 
 
+def _check_library(name: str) -> None:
+    if importlib.util.find_spec("datasets") is None:
+        raise BilectError(f"data: dataset {name} needs the datasets library: pip install 'bilect[hub]'")
+
+
 def _dataset_identity(name: str) -> str:
+    _check_library(name)  # before the Hub is asked
     folder = _local_folder(name)
     if folder:
         files = sorted(p for p in folder.rglob("*") if p.is_file())

@@ -33,7 +33,7 @@ def fit(run: RunContext, scratch: Path, arm: str, number: int) -> Figures:
     assert isinstance(method, DocumentMethod)
     inputs = _inputs(run, arm, number, scratch / ".fit", log=out / "metrics.jsonl")
     try:
-        with run.progress.task(f"round {number}: fit {arm}", method.steps) as task:
+        with run.progress.task(f"round {number}: fit {arm}", method.steps, unit="steps") as task:
             figures = method.fit(inputs, task)
     except DivergedError as error:
         kept = keep_last_good(run, scratch, error.models, error.good_step)

@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,8 +26,9 @@ from typing import Any
 
 from bilect.errors import BilectError
 from bilect.runtime.files import content_hash, flush, write_json
+from bilect.runtime.revision import git_revision
 
-__all__ = ["RunDir", "StageResult", "plain", "read_manifest", "stage_key"]
+__all__ = ["RunDir", "StageResult", "plain", "read_manifest", "scratch_name", "stage_key"]
 
 StageResult = dict[str, Any]
 
@@ -126,7 +126,7 @@ class RunDir:
             (``made_of``).
         """
         key = self.key(name, settings, after)
-        scratch = self.path / ".partial" / _folder_name(name)
+        scratch = self.path / ".partial" / scratch_name(name)
         if self.is_done(name, key):
             if self._main:
                 _clear(scratch)
@@ -199,8 +199,8 @@ def _clear(scratch: Path) -> None:
         scratch.parent.rmdir()
 
 
-def _folder_name(stage: str) -> str:
-    """Letters, digits and dashes; two stages that fall together would only wipe each other's scratch."""
+def scratch_name(stage: str) -> str:
+    """Of a stage: letters, digits and dashes; two stages that fall together would only wipe each other's scratch."""
     return re.sub(r"[^A-Za-z0-9]+", "-", stage).strip("-")
 
 
@@ -221,15 +221,5 @@ def _environment() -> dict[str, Any]:
             continue
     host = {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count(),
             "python": platform.python_version()}  # fmt: skip
-    return {"bilect_version": versions.get("bilect", ""), "git_revision": _git_revision(), "versions": versions,
+    return {"bilect_version": versions.get("bilect", ""), "git_revision": git_revision(), "versions": versions,
             "host": host}  # fmt: skip
-
-
-def _git_revision() -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None if result.returncode == 0 else None

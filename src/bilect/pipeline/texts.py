@@ -231,7 +231,7 @@ def _tokenise_sets(run: RunContext, role: str, sources: Sequence[SourceConfig]) 
     sets = [DocumentSet(role, (source,), run.config.data.duplicates) for source in sources]
     for part in sets:
         part.look(run)
-    with run.progress.task(f"tokenise the {'held-out' if role == 'heldout' else role} sets") as task:
+    with run.progress.task(f"tokenise the {'held-out' if role == 'heldout' else role} sets", unit="documents") as task:
         for part in sets:
             part.tokenise(files, task)
             part.leave_out_repeated()

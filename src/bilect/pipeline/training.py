@@ -197,7 +197,7 @@ def _train(
         "weight_R": weight_R, "online": online,
     }  # fmt: skip
     try:
-        with run.progress.task(name, settings.steps + decay_steps) as task:
+        with run.progress.task(name, settings.steps + decay_steps, unit="steps") as task:
             if before_decay.is_file():
                 figures = json.loads(before_decay.read_text(encoding="utf-8"))
                 figures["curve_seconds"] = 0.0  # another process spent them

@@ -12,7 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-__all__ = ["Selection", "SourceCount", "opened", "quoted", "read_selection", "view_of"]
+from bilect.data.tables import kept_file, kept_table, parquet_table, quoted
+
+__all__ = ["Selection", "SourceCount", "opened", "read_selection", "view_of"]
+
 
 BINS = 60
 NEAR = "near-duplicate"
@@ -55,11 +58,6 @@ class Selection:
     lengths: list[LengthBin]
 
 
-def quoted(text: object) -> str:
-    """A string literal of SQL."""
-    return "'" + str(text).replace("'", "''") + "'"
-
-
 @contextmanager
 def opened() -> Iterator[Any]:
     """A DuckDB in memory that spills to a scratch folder of its own and neither loads nor fetches extensions."""
@@ -74,18 +72,16 @@ def opened() -> Iterator[Any]:
 
 def view_of(db: Any, name: str, folder: Path) -> bool:
     """Make a view (doc_id, source, n_tokens, score, kept, reason) of a selection; False where there is none."""
-    kept = next((f for f in (folder / "kept.parquet", folder / "kept.jsonl.zst") if f.is_file()), None)
-    dropped = folder / "dropped.parquet"
+    kept, dropped = kept_file(folder), folder / "dropped.parquet"
     if kept is None or not dropped.is_file():
         return False
     columns = "doc_id, coalesce(source, '(no source)') AS source, n_tokens, score"
-    reader = "read_parquet" if kept.suffix == ".parquet" else "read_json"
     db.execute(
         f"""CREATE VIEW {name} AS
-            SELECT {columns}, true AS kept, NULL::VARCHAR AS reason FROM {reader}({quoted(kept)})
+            SELECT {columns}, true AS kept, NULL::VARCHAR AS reason FROM {kept_table(kept)}
             UNION ALL
             SELECT {columns}, false, CASE WHEN starts_with(reason::VARCHAR, '{NEAR}') THEN '{NEAR}'
-                                          ELSE reason::VARCHAR END FROM read_parquet({quoted(dropped)})"""
+                                          ELSE reason::VARCHAR END FROM {parquet_table(dropped)}"""
     )
     return True
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilect.report.choice import opened, quoted, view_of
+from bilect.data.tables import kept_file, kept_table
+from bilect.report.choice import opened, view_of
 from bilect.report.inputs import Json, RunFiles, number
 from bilect.report.wording import arm_name, shown_name, visible
 
@@ -165,13 +166,11 @@ def _kept_texts(db: Any, folder: Path) -> dict[str, str]:
     """Texts from the records of a selection, where no token files are there."""
     import duckdb
 
-    for name, reader in (("kept.parquet", "read_parquet"), ("kept.jsonl.zst", "read_json")):
-        if (folder / name).is_file():
-            try:
-                rows = db.execute(
-                    f"SELECT doc_id, text FROM {reader}({quoted(folder / name)}) SEMI JOIN wanted USING (doc_id)"
-                ).fetchall()
-            except duckdb.Error:  # no column of that name
-                return {}
-            return {key: text for key, text in rows if isinstance(text, str)}
-    return {}
+    if (file := kept_file(folder)) is None:
+        return {}
+    table = kept_table(file, {"text": "VARCHAR"})
+    try:
+        rows = db.execute(f"SELECT doc_id, text FROM {table} SEMI JOIN wanted USING (doc_id)").fetchall()
+    except duckdb.Error:  # no column of that name
+        return {}
+    return {key: text for key, text in rows if isinstance(text, str)}

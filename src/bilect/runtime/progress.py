@@ -65,7 +65,8 @@ class _RichTask:
         if self.unit is None:
             return self.shown
         speed = self.done / max(time.perf_counter() - self.start, 1e-9)
-        return f"{speed:,.0f} {self.unit}/s  {self.shown}".rstrip()
+        shown = f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
+        return f"{shown} {self.unit}/s  {self.shown}".rstrip()
 
 
 class RichProgress:

@@ -4,14 +4,17 @@ Labels, paths, messages and ids come from people's data. Nothing in them is a co
 ``:emoji:``, not control characters, which could clear the screen or set its title. Our own styling is given as styles.
 """
 
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["PlainConsole", "any_terminal", "printable"]
+__all__ = ["PlainConsole", "any_terminal", "printable", "silenced"]
 
 # C0 and C1 controls but tab and line feed, surrogates (bytes of a path that are no text), and what turns the direction
 # of writing round or is not seen at all
@@ -30,11 +33,26 @@ def any_terminal() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+_silent = False
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Within it no console that is made prints, and standard output goes nowhere; standard error is for errors."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            yield
+    finally:
+        _silent = before
+
+
 class PlainConsole(Console):
     """A console that prints strings, cells and titles of tables among them, as they are; ``Text`` carries styles."""
 
     def __init__(self, *, stderr: bool = False, soft_wrap: bool = True) -> None:
-        super().__init__(stderr=stderr, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
+        super().__init__(stderr=stderr, soft_wrap=soft_wrap, quiet=_silent, highlight=False, markup=False, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """A string as rich sees it; every string that is printed passes here."""

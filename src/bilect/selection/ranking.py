@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bilect.data.tables import parquet_table, quoted
 from bilect.errors import BilectError, reason
 from bilect.selection.spill import Hashes, Rows, split
 
-__all__ = ["RankedScores", "quoted"]
+__all__ = ["RankedScores"]
 
 COLUMNS = ("doc_id", "source", "n_tokens", "score")
 BUCKET_ROWS, CHUNK_ROWS, SCAN_ROWS = 1 << 21, 1 << 19, 1 << 18
@@ -78,7 +79,7 @@ class RankedScores:
             db.execute(
                 f"""CREATE VIEW pool AS SELECT doc_id::VARCHAR AS doc_id, source::VARCHAR AS source,
                       n_tokens::INTEGER AS n_tokens, score::FLOAT AS score, (score::DOUBLE{noise})::FLOAT AS key
-                    FROM read_parquet([{", ".join(map(quoted, files))}], hive_partitioning = false)"""
+                    FROM {parquet_table(*files)}"""
             )
             try:
                 self._account(db)
@@ -175,7 +176,7 @@ def _find_surplus(db: duckdb.DuckDBPyConnection, clusters: Path, cap: int) -> No
     db.execute(
         f"""CREATE TABLE surplus AS SELECT doc_id, any_value(best) AS best FROM (
               SELECT doc_id, row_number() OVER ranked AS place, first_value(doc_id) OVER ranked AS best
-              FROM pool JOIN read_parquet({quoted(clusters)}, hive_partitioning = false) USING (doc_id)
+              FROM pool JOIN {parquet_table(clusters)} USING (doc_id)
               WINDOW ranked AS (PARTITION BY cluster ORDER BY key DESC, doc_id))
             WHERE place > {cap} GROUP BY doc_id"""  # grouped: a doc_id that was scored twice is found out later
     )
@@ -238,11 +239,6 @@ def _ties_by_doc_id(packed: np.ndarray, doc_id: pa.LargeStringArray) -> np.ndarr
         batch = pa.record_batch({"key": key[tied], "doc_id": doc_id.take(pa.array(rows[tied]))})
         rows[tied] = rows[tied][pc.sort_indices(batch, [("key", "ascending"), ("doc_id", "ascending")])]
     return rows
-
-
-def quoted(text: str | Path) -> str:
-    """A string for SQL."""
-    return "'" + str(text).replace("'", "''") + "'"
 
 
 def _check_columns(file: Path) -> None:

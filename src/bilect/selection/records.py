@@ -8,9 +8,9 @@ import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 
+from bilect.data.tables import kept_file, kept_table, parquet_table, quoted
 from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
-from bilect.selection.ranking import quoted
 
 __all__ = ["attach_text", "extremes", "kept_ids", "kept_rows"]
 
@@ -33,7 +33,7 @@ def attach_text(selected: Path, store: TokenStore, form: Literal["parquet", "jso
     with _connected(selected) as db:
         db.register("texts", store.reader(["doc_id", "text"]))
         found = db.execute(
-            f"""COPY (SELECT k.*, t.text FROM {_parquet(kept)} k JOIN texts t USING (doc_id) ORDER BY rank)
+            f"""COPY (SELECT k.*, t.text FROM {parquet_table(kept)} k JOIN texts t USING (doc_id) ORDER BY rank)
                 TO {quoted(draft)} ({_FORMATS[form]})"""
         ).fetchall()[0][0]
     _check_count(found, pq.read_metadata(kept).num_rows)
@@ -57,7 +57,7 @@ def extremes(selected: Path, store: TokenStore, documents: int, characters: int)
     """
     names = ("doc_id", "source", "n_tokens", "score")
     with _connected(selected) as db:
-        tables = [f"SELECT {', '.join(names)}, rank FROM {_parquet(selected / f'{n}.parquet')}" for n in _PARTS]
+        tables = [f"SELECT {', '.join(names)}, rank FROM {parquet_table(selected / f'{n}.parquet')}" for n in _PARTS]
         db.execute(f"CREATE VIEW ranked AS {' UNION ALL '.join(tables)}")
         rows = {
             name: db.execute(f"SELECT * EXCLUDE (rank) FROM ranked ORDER BY rank {order} LIMIT {documents}").fetchall()
@@ -105,17 +105,10 @@ def _connected(selected: Path) -> duckdb.DuckDBPyConnection:
 
 
 def _kept(selected: Path) -> str:
-    """The table of kept documents for SQL; an id is text, whatever it looks like."""
-    packed = selected / "kept.jsonl.zst"
-    if not packed.is_file():
-        return _parquet(selected / "kept.parquet")
-    columns = "{doc_id: 'VARCHAR', rank: 'BIGINT'}"
-    return f"read_json({quoted(packed)}, format='newline_delimited', columns={columns}, hive_partitioning=false)"
-
-
-def _parquet(file: Path) -> str:
-    """A Parquet file for SQL: ``lr=0.01`` in its path is a folder's name, no column."""
-    return f"read_parquet({quoted(file)}, hive_partitioning=false)"
+    file = kept_file(selected)
+    if file is None:
+        raise BilectError(f"{selected}: there are no kept documents (kept.parquet or kept.jsonl.zst)")
+    return kept_table(file)
 
 
 def _check_count(found: int, wanted: int) -> None:

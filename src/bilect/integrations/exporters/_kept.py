@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bilect.data.store import TokenStore
+from bilect.data.tables import KEPT, kept_table
 from bilect.errors import BilectError
 
 __all__ = ["Kept"]
 
 BATCH = 1 << 14  # documents at a time
-_TYPES = {"doc_id": "VARCHAR", "source": "VARCHAR", "n_tokens": "INTEGER", "score": "FLOAT", "rank": "BIGINT"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Kept:
             raise BilectError(f"export: {self.file} holds no text; select from a run, or from what "
                               "`bilect score --data` wrote")  # fmt: skip
         with duckdb.connect() as db:
-            yield from self._select(db, [*_TYPES, *["text"] * text]).to_arrow_reader(BATCH)
+            yield from self._select(db, [*KEPT, *["text"] * text]).to_arrow_reader(BATCH)
 
     def tokens(self) -> Iterator[tuple[str, np.ndarray]]:
         """Source and token ids (T,), the start token first, of each document."""
@@ -71,7 +71,7 @@ class Kept:
     def by_source(self) -> list[tuple[str, int, int]]:
         """Source, documents and tokens, the most tokens first."""
         with duckdb.connect() as db:
-            self._select(db, list(_TYPES)).create_view("kept")
+            self._select(db, list(KEPT)).create_view("kept")
             return db.execute(
                 "SELECT source, count(*), sum(n_tokens)::BIGINT AS n FROM kept GROUP BY 1 ORDER BY n DESC, source"
             ).fetchall()
@@ -107,11 +107,4 @@ class Kept:
 
     def _select(self, db: duckdb.DuckDBPyConnection, columns: list[str]) -> Any:
         """In the order of the file, which is that of rank; no type is guessed, and no column read off a folder."""
-        name = "'" + str(self.file).replace("'", "''") + "'"
-        if self.file.suffix == ".parquet":
-            reader = f"read_parquet({name}, hive_partitioning = false)"
-        else:
-            types = ", ".join(f"{key}: '{kind}'" for key, kind in {**_TYPES, "text": "VARCHAR"}.items())
-            reader = (f"read_json({name}, columns = {{{types}}}, format = 'newline_delimited', "
-                      "hive_partitioning = false, maximum_object_size = 1073741824)")  # fmt: skip
-        return db.sql(f"SELECT {', '.join(columns)} FROM {reader}")
+        return db.sql(f"SELECT {', '.join(columns)} FROM {kept_table(self.file, {'text': 'VARCHAR'})}")
