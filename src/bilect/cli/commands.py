@@ -60,6 +60,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan: tok
 Yes = Annotated[
     bool, typer.Option("--yes", help="Repeat stages of a finished run whose settings or inputs have changed.")
 ]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes for tokenising, scoring and records; default 1.")]
+EngineName = Annotated[str | None, typer.Option("--engine", help="Where they run: local or ray (bilect[ray]).")]
 Round = Annotated[
     int | None, typer.Option("--round", help="Of which round; default: the first that is not trained yet.")
 ]
@@ -125,6 +127,8 @@ def choose(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     overrides: Overrides = None,
+    workers: Workers = None,
+    engine: EngineName = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> None:
@@ -133,23 +137,36 @@ def choose(
     from bilect.pipeline.reuse import selection_settings
 
     amount = selection_settings(keep_ratio=keep, budget_tokens=tokens, top_k=top_k)
-    choose_with_progress(pool, target, out, amount, method, model, seed, overrides or [], dry_run, yes)
+    settings = _where(overrides, workers, engine)
+    choose_with_progress(pool, target, out, amount, method, model, seed, settings, dry_run, yes)
 
 
 @app.command()
 def run(
-    config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False, yes: Yes = False
+    config: Source,
+    out: Out = None,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    engine: EngineName = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
 ) -> None:
     """Carry out a run, or what is left of it."""
-    _carry_out("run", config, out, overrides, None, dry_run, yes)
+    _carry_out("run", config, out, _where(overrides, workers, engine), None, dry_run, yes)
 
 
 @app.command()
 def warmup(
-    config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False, yes: Yes = False
+    config: Source,
+    out: Out = None,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    engine: EngineName = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
 ) -> None:
     """Tokenise, and train proxy and target on random documents."""
-    _carry_out("warmup", config, out, overrides, None, dry_run, yes)
+    _carry_out("warmup", config, out, _where(overrides, workers, engine), None, dry_run, yes)
 
 
 @app.command()
@@ -158,11 +175,13 @@ def fit(
     out: Out = None,
     number: Round = None,
     overrides: Overrides = None,
+    workers: Workers = None,
+    engine: EngineName = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> None:
     """Fit the score model of a round (and what it needs)."""
-    _carry_out("fit", config, out, overrides, number, dry_run, yes)
+    _carry_out("fit", config, out, _where(overrides, workers, engine), number, dry_run, yes)
 
 
 @app.command()
@@ -187,6 +206,8 @@ def score(
     out: Out = None,
     number: Round = None,
     overrides: Overrides = None,
+    workers: Workers = None,
+    engine: EngineName = None,
     dry_run: DryRun = False,
     yes: Yes = False,
     data: Annotated[
@@ -201,9 +222,9 @@ def score(
     if data:
         from bilect.cli.screens import score_with_progress
 
-        score_with_progress(config, data, _needed(out, "score --data"), field or [], yes)
+        score_with_progress(config, data, _needed(out, "score --data"), field or [], yes, workers, engine)
     else:
-        _carry_out("score", config, out, overrides, number, dry_run, yes)
+        _carry_out("score", config, out, _where(overrides, workers, engine), number, dry_run, yes)
 
 
 @app.command()
@@ -230,6 +251,8 @@ def select(
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; default: RUN/selections/NAME.")] = None,
     number: Annotated[int | None, typer.Option("--round", help="Scores of which round; default: the last.")] = None,
     overrides: Overrides = None,
+    workers: Workers = None,
+    engine: EngineName = None,
     yes: Yes = False,
 ) -> None:
     """Keep another share, budget or mix from scores that are there: no new scoring."""
@@ -248,10 +271,10 @@ def select(
         output=None if output is None else output.value,
     )
     if source.is_dir():
-        select_with_progress(source, out, settings, number, seed, yes)
+        select_with_progress(source, out, settings, number, seed, yes, workers, engine or "local")
     else:
         pairs = [f"selection={settings}"] if settings else []
-        _carry_out("select", source, out, [*pairs, *(overrides or [])], number, False, yes)
+        _carry_out("select", source, out, [*pairs, *_where(overrides, workers, engine)], number, False, yes)
 
 
 @app.command()
@@ -399,6 +422,12 @@ def _carry_out(
         plan_on_screen(source, folder, overrides or [], arms)
     else:
         run_with_progress(source, folder, overrides or [], command=command, number=number, arms=arms, repeat=yes)
+
+
+def _where(overrides: list[str] | None, workers: int | None, engine: str | None) -> list[str]:
+    """Options of where work runs, among the settings."""
+    options = {"workers": workers, "engine": engine}
+    return [*(f"{name}={value}" for name, value in options.items() if value is not None), *(overrides or [])]
 
 
 def _needed(out: Path | None, command: str) -> Path:
