@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from bilect.config import SourceConfig
 from bilect.data.documents import Document, bad_record, hash64, read_documents, read_input
 from bilect.data.sources import identity, inputs, set_name
 from bilect.data.token_files import TokenFiles
+from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
 from bilect.models.loading import train_tokenizer
 
@@ -242,14 +244,38 @@ def cut_parquet() -> bytes:
         ("b.jsonl.gz", NOISE, "cannot read .*: Not a gzipped file"),
         ("a.parquet", b"PAR1 not really", "cannot read"),
         ("b.parquet", cut_parquet(), "cannot read"),
-        ("a.csv", b"x", "is none of .jsonl"),
     ],
 )
-def test_whole_file_faults_are_one_line_and_never_skipped(tmp_path, tokenizer, name, content, message):
+def test_damaged_bytes_are_one_line_or_a_record_that_is_left_out(tmp_path, tokenizer, name, content, message):
     (tmp_path / name).write_bytes(content)
+    (source,) = inputs(SourceConfig(path=str(tmp_path / name)))
     with pytest.raises(BilectError, match=message) as caught:
-        [token_files(tokenizer, True).get(source) for source in inputs(SourceConfig(path=str(tmp_path / name)))]
+        token_files(tokenizer, False).get(source)
     assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
+    *_, problem = token_files(tokenizer, True).get(source).skipped
+    assert problem.reason == "cannot be read" and re.search(message, problem.detail)
+
+
+def test_a_damaged_row_group_costs_no_other(tmp_path, tokenizer):
+    table, file = pa.table({"text": [f"text {random.Random(i).random()}" for i in range(40)]}), tmp_path / "a.parquet"
+    pq.write_table(table, file, row_group_size=10, compression="zstd", use_dictionary=False)
+    column = pq.read_metadata(file).row_group(2).column(0)
+    content = bytearray(file.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    content[middle : middle + 20] = bytes(20)
+    file.write_bytes(content)
+    (source,) = inputs(SourceConfig(path=str(file)))
+    with pytest.raises(BilectError, match=r"a\.parquet, row 21: cannot read rows 21 to 30: .*on_bad_record=skip"):
+        token_files(tokenizer, False).get(source)
+    made = token_files(tokenizer, True).get(source)
+    assert [(p.record, p.reason) for p in made.skipped] == [(21, "cannot be read")]
+    assert TokenStore(made.path).column_R("record").tolist() == [*range(1, 21), *range(31, 41)]
+
+
+def test_another_kind_of_file_is_one_line(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"x")
+    with pytest.raises(BilectError, match=r"a\.csv is none of \.jsonl"):
+        inputs(SourceConfig(path=str(tmp_path / "a.csv")))
 
 
 def test_missing_paths_and_permissions(tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def test_repeated_texts_can_be_kept_under_ids_of_their_own(tmp_path):
 def test_repeated_texts_can_stop_the_run_before_anything_is_tokenised(tmp_path, monkeypatch):
     corpus(tmp_path)
     write_jsonl(tmp_path / "b.jsonl", [*POOL[5:], {"id": "x", "text": POOL[3]["text"]}])
-    monkeypatch.setattr("bilect.data.token_files.write_tokens", None)
+    monkeypatch.setattr("bilect.data.blocks.write_tokens", None)
     with pytest.raises(BilectError) as caught:
         tokenise(context(tmp_path, duplicates="fail"))
     assert str(caught.value) == (
@@ -248,9 +248,9 @@ def test_too_small_a_pool_is_known_before_anything_is_tokenised(tmp_path, monkey
 def test_an_interrupted_pool_goes_on_and_outlives_the_cache(tmp_path, monkeypatch):
     corpus(tmp_path)
     monkeypatch.setenv("BILECT_CACHE", str(tmp_path / "cache"))
-    from bilect.data import token_files
+    from bilect.data import blocks
 
-    write_tokens, made = token_files.write_tokens, []
+    write_tokens, made = blocks.write_tokens, []
 
     def stop_at_b(documents: Any, *rest: Any, **more: Any) -> int:
         made.append(0)
@@ -258,7 +258,7 @@ def test_an_interrupted_pool_goes_on_and_outlives_the_cache(tmp_path, monkeypatc
             raise KeyboardInterrupt
         return write_tokens(documents, *rest, **more)
 
-    monkeypatch.setattr(token_files, "write_tokens", stop_at_b)
+    monkeypatch.setattr(blocks, "write_tokens", stop_at_b)
     with pytest.raises(KeyboardInterrupt):
         tokenise(context(tmp_path))
     run = context(tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bilect.config import SourceConfig
-from bilect.data import cache, token_files
+from bilect.data import blocks, cache
 from bilect.data.cache import cache_folder, file_hash
 from bilect.data.sources import inputs
 from bilect.data.token_files import TokenFiles, link
@@ -35,13 +35,13 @@ def tokenizer():
 def calls(monkeypatch) -> list[Path]:
     """One entry per tokenised file."""
     made: list[Path] = []
-    write_tokens = token_files.write_tokens
+    write_tokens = blocks.write_tokens
 
     def counted(documents: Any, tokenizer: Any, path: Path, **more: Any) -> int:
         made.append(path)
         return write_tokens(documents, tokenizer, path, **more)
 
-    monkeypatch.setattr(token_files, "write_tokens", counted)
+    monkeypatch.setattr(blocks, "write_tokens", counted)
     return made
 
 

@@ -62,6 +62,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show the plan: tok
 Yes = Annotated[
     bool, typer.Option("--yes", help="Repeat stages of a finished run whose settings or inputs have changed.")
 ]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes for tokenising, scoring and records; default 1.")]
+EngineName = Annotated[str | None, typer.Option("--engine", help="Where they run: local or ray (bilect[ray]).")]
 
 
 def _share(text: str) -> float:
@@ -159,6 +161,8 @@ def choose(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     overrides: Overrides = None,
+    workers: Workers = None,
+    engine: EngineName = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> Result:
@@ -167,25 +171,38 @@ def choose(
     from bilect.pipeline.reuse import selection_settings
 
     amount = selection_settings(keep_ratio=keep, budget_tokens=tokens, top_k=top_k)
-    return choose_with_progress(pool, target, out, amount, method, model, seed, overrides or [], dry_run, yes)
+    settings = _where(overrides, workers, engine)
+    return choose_with_progress(pool, target, out, amount, method, model, seed, settings, dry_run, yes)
 
 
 @app.command()
 @shown
 def run(
-    config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False, yes: Yes = False
+    config: Source,
+    out: Out = None,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    engine: EngineName = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
 ) -> Result:
     """Carry out a run, or what is left of it."""
-    return _carry_out("run", config, out, overrides, None, dry_run, yes)
+    return _carry_out("run", config, out, _where(overrides, workers, engine), None, dry_run, yes)
 
 
 @app.command()
 @shown
 def warmup(
-    config: Source, out: Out = None, overrides: Overrides = None, dry_run: DryRun = False, yes: Yes = False
+    config: Source,
+    out: Out = None,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    engine: EngineName = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
 ) -> Result:
     """Tokenise, and train proxy and target on random documents."""
-    return _carry_out("warmup", config, out, overrides, None, dry_run, yes)
+    return _carry_out("warmup", config, out, _where(overrides, workers, engine), None, dry_run, yes)
 
 
 @app.command()
@@ -195,11 +212,13 @@ def fit(
     out: Out = None,
     number: Round = None,
     overrides: Overrides = None,
+    workers: Workers = None,
+    engine: EngineName = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> Result:
     """Fit the score model of a round (and what it needs)."""
-    return _carry_out("fit", config, out, overrides, number, dry_run, yes)
+    return _carry_out("fit", config, out, _where(overrides, workers, engine), number, dry_run, yes)
 
 
 @app.command()
@@ -227,6 +246,8 @@ def score(
     out: Out = None,
     number: Round = None,
     overrides: Overrides = None,
+    workers: Workers = None,
+    engine: EngineName = None,
     dry_run: DryRun = False,
     yes: Yes = False,
     data: Annotated[
@@ -241,8 +262,8 @@ def score(
     if data:
         from bilect.cli.screens import score_with_progress
 
-        return score_with_progress(config, data, _needed(out, "score --data"), field or [], yes)
-    return _carry_out("score", config, out, overrides, number, dry_run, yes)
+        return score_with_progress(config, data, _needed(out, "score --data"), field or [], yes, workers, engine)
+    return _carry_out("score", config, out, _where(overrides, workers, engine), number, dry_run, yes)
 
 
 @app.command()
@@ -270,6 +291,8 @@ def select(
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; default: RUN/selections/NAME.")] = None,
     number: Annotated[int | None, typer.Option("--round", help="Scores of which round; default: the last.")] = None,
     overrides: Overrides = None,
+    workers: Workers = None,
+    engine: EngineName = None,
     yes: Yes = False,
 ) -> Result:
     """Keep another share, budget or mix from scores that are there: no new scoring."""
@@ -288,9 +311,9 @@ def select(
         output=None if output is None else output.value,
     )
     if source.is_dir():
-        return select_with_progress(source, out, settings, number, seed, yes)
+        return select_with_progress(source, out, settings, number, seed, yes, workers, engine or "local")
     pairs = [f"selection={settings}"] if settings else []
-    return _carry_out("select", source, out, [*pairs, *(overrides or [])], number, False, yes)
+    return _carry_out("select", source, out, [*pairs, *_where(overrides, workers, engine)], number, False, yes)
 
 
 @app.command()
@@ -455,6 +478,12 @@ def _carry_out(
 
 def _read(file: Path) -> Result:
     return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _where(overrides: list[str] | None, workers: int | None, engine: str | None) -> list[str]:
+    """Options of where work runs, among the settings."""
+    options = {"workers": workers, "engine": engine}
+    return [*(f"{name}={value}" for name, value in options.items() if value is not None), *(overrides or [])]
 
 
 def _needed(out: Path | None, command: str) -> Path:

@@ -186,7 +186,15 @@ def plan_comparison(config_file: Path, out: Path, overrides: Sequence[str]) -> "
     return {"out": out, "variants": [asdict(line) for line in lines]}
 
 
-def score_with_progress(run_dir: Path, data: Sequence[str], out: Path, fields: Sequence[str], repeat: bool) -> "Result":
+def score_with_progress(
+    run_dir: Path,
+    data: Sequence[str],
+    out: Path,
+    fields: Sequence[str],
+    repeat: bool,
+    workers: int | None,
+    engine: str | None,
+) -> "Result":
     """``bilect score RUN --data FILES``: scores of other files by a run's score model."""
     with RichProgress() as progress:
         from transformers.utils import logging
@@ -195,21 +203,32 @@ def score_with_progress(run_dir: Path, data: Sequence[str], out: Path, fields: S
 
         logging.disable_progress_bar()
         names = dict(_pair(text) for text in fields) if fields else None
-        figures = score_files(run_dir, data, out, progress=progress, fields=names, repeat=repeat)
+        figures = score_files(
+            run_dir, data, out, progress=progress, fields=names, repeat=repeat, workers=workers, engine=engine
+        )
         counts = f"{figures['documents']:,} documents, {figures['tokens']:,} tokens"
         progress.note(f"{counts}: {out / 'scores'}; `bilect select {out} --keep 0.2` keeps the best")
     return {"out": out, "scores": out / "scores", **figures}
 
 
 def select_with_progress(
-    source: Path, out: Path | None, settings: Mapping[str, Any], number: int | None, seed: int, repeat: bool
+    source: Path,
+    out: Path | None,
+    settings: Mapping[str, Any],
+    number: int | None,
+    seed: int,
+    repeat: bool,
+    workers: int | None,
+    engine: str,
 ) -> "Result":
     """``bilect select RUN``: another selection from scores that are there."""
     from bilect.cli.choosing import kept_table
     from bilect.pipeline.reuse import select_again
 
     with RichProgress() as progress:
-        chosen, folder = select_again(source, out, settings, progress, number=number, seed=seed, repeat=repeat)
+        chosen, folder = select_again(
+            source, out, settings, progress, number=number, seed=seed, repeat=repeat, workers=workers, engine=engine
+        )
     title = (f"{chosen.documents:,} of {chosen.pool_documents:,} documents, "
              f"{chosen.tokens:,} of {chosen.pool_tokens:,} tokens kept")  # fmt: skip
     sources = {name: {"pool_share": share, "kept_share": chosen.kept_share[name],

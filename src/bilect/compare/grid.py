@@ -12,7 +12,7 @@ from typing import Any
 from bilect.compare.cells import Cell, share
 from bilect.errors import BilectError
 from bilect.runtime.progress import SilentProgress, Task
-from bilect.runtime.workers import cores, end_with_parent
+from bilect.runtime.workers import cores, end_with_parent, gpu_names
 
 __all__ = ["carry_out"]
 
@@ -25,14 +25,6 @@ def _default_workers(cells: Sequence[Cell]) -> int:
 
     gpus = 0 if cells[0].config.device == "cpu" else torch.cuda.device_count()
     return min(gpus or cores(), len(cells))
-
-
-def _gpu_names() -> list[str]:
-    """As ``CUDA_VISIBLE_DEVICES`` has them."""
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
 
 
 def carry_out(cells: Sequence[Cell], workers: int | None, say: Callable[[str], None], *, repeat: bool = False) -> None:
@@ -53,7 +45,7 @@ def carry_out(cells: Sequence[Cell], workers: int | None, say: Callable[[str], N
         numbers.put(n)
     failed = list[Exception]()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start,
-                             initargs=(messages, numbers, workers, _gpu_names())) as pool:  # fmt: skip
+                             initargs=(messages, numbers, workers, gpu_names())) as pool:  # fmt: skip
         running: dict[Future[None], Cell] = {pool.submit(_run, c, repeat): c for c in cells if c.base is None}
         try:
             while running:

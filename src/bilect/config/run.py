@@ -55,6 +55,10 @@ class Config(Settings):
     score_batch_tokens: Positive = Field(8192, description="tokens per scoring batch and per evaluation batch")
     checkpoint_every: Positive = Field(500, description="steps of the fit and of training between two checkpoints")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
+    workers: Positive | None = Field(
+        None, description="processes that share tokenising, scoring, records; None: this one, or with ray every core"
+    )
+    engine: str = Field("local", description="where they run: local (this machine) or ray (needs bilect[ray])")
 
     @model_validator(mode="after")
     def _weights(self) -> "Config":

@@ -1,19 +1,25 @@
 """Documents from records: JSON in its usual forms, Parquet, plain text, datasets.
 
-A document without an id gets the hash of its text. A record that cannot be used is a ``Problem``; a file that cannot be
-read to its end is an error.
+A document without an id gets the hash of its text. A record that cannot be used is a ``Problem``, and so is what cannot
+be read at all, a row group or the rest of a file whose bytes are damaged; a file that cannot be opened is an error.
 """
 
+import gzip
 import json
+import lzma
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import zstandard
 
 from bilect.config import SourceConfig
 from bilect.data.document import Document, Problem, hash64
 from bilect.data.fields import Fields
-from bilect.data.formats import format_of, parquet_batches, raw_records, whole
+from bilect.data.formats import format_of, parquet_batches, parquet_groups, raw_records, whole
+from bilect.data.slices import ALL, Slice
 from bilect.data.sources import Input, inputs, open_dataset
 from bilect.errors import BilectError, reason
 
@@ -28,6 +34,8 @@ __all__ = [
     "read_documents",
     "read_input",
 ]
+
+DAMAGED = "cannot be read"  # reason of a problem
 
 
 def bad_record(source: Input, problem: Problem) -> BilectError:
@@ -56,16 +64,20 @@ def read_documents(sources: Sequence[SourceConfig], *, skip: bool = False) -> It
                     raise bad_record(source, item)
 
 
-def read_input(source: Input) -> Iterator[Document | Problem]:
-    """Documents of one input, and a problem in the place of each record that cannot be used.
+def read_input(source: Input, part: Slice = ALL) -> Iterator[Document | Problem]:
+    """Documents of one input, and a problem in the place of each record, or damaged part, that cannot be used.
+
+    Args:
+        source: the input.
+        part: of it.
 
     Raises:
-        BilectError: the input cannot be read to its end.
+        BilectError: the input cannot be opened.
     """
     fields = Fields(source.source.fields)
     if source.names:  # files of plain text have no fields
         fields = Fields({})
-    for number, record in _records(source, fields):
+    for number, record in _records(source, fields, part):
         yield record if isinstance(record, Problem) else fields.document(record, number, source.label)
 
 
@@ -92,11 +104,13 @@ def check_fields(source: Input) -> None:
     named = source.source.fields
     if source.names or not named:
         return
-    fields, wrong = Fields(named), list[str]()
+    fields, wrong, damaged = Fields(named), list[str](), list[bool]()
 
     def records() -> Iterator[Mapping[str, Any]]:
         for number, record in _records(source, fields, every=True):
-            if not isinstance(record, Problem):
+            if isinstance(record, Problem):
+                damaged.append(record.reason == DAMAGED)
+            else:
                 if misfit := fields.misfit(record):
                     wrong.append(f"{source.at(number)}: {misfit}")
                     return
@@ -107,7 +121,7 @@ def check_fields(source: Input) -> None:
     absent = fields.absent(records())
     if wrong:
         raise BilectError(f"data: {wrong[0]}")
-    if absent:
+    if absent and not any(damaged):
         raise BilectError(f"data: {source.where}: no record has the field {absent[0]!r} that data.fields names; there "
                           f"are {', '.join(map(repr, list(there)[:10]))}")  # fmt: skip
 
@@ -128,55 +142,93 @@ def parsed(line: bytes, number: int) -> dict[str, Any] | Problem | None:
     return record
 
 
-_Records = Iterator[Mapping[str, Any] | Problem | None]  # None: a line that holds nothing
+@dataclass(frozen=True)
+class _Gap:
+    """So many records in a row that are damaged, and how."""
+
+    records: int
+    why: str
 
 
-def _records(source: Input, fields: Fields, every: bool = False) -> Iterator[tuple[int, Mapping[str, Any] | Problem]]:
+_Records = Iterator[Mapping[str, Any] | Problem | _Gap | None]  # None: a line that holds nothing
+
+
+def _records(
+    source: Input, fields: Fields, part: Slice = ALL, every: bool = False
+) -> Iterator[tuple[int, Mapping[str, Any] | Problem]]:
     """Records with their places; ``every``: all of their fields."""
-    records = _dataset(source, fields, every) if not source.files else _files(source, fields, every)
+    number = part.first
     try:
-        for number, record in enumerate(records, start=1):
+        records = _files(source, fields, part, every) if source.files else _dataset(source, fields, every)
+        for record in records:
+            if isinstance(record, _Gap):
+                yield number, Problem(number, DAMAGED, f"cannot read {source.unit}s {number} to "
+                                      f"{number + record.records - 1}: {record.why}")  # fmt: skip
+                number += record.records
+                continue
             if record is not None:
                 yield number, record
+            number += 1
     except BilectError:
         raise
     except Exception as error:  # a broken archive raises its library's own kind of error
-        raise BilectError(f"data: cannot read {source.where}: {reason(error)}") from error
+        if not (source.files and _is_damage(error)):
+            raise BilectError(f"data: cannot read {source.where}: {reason(error)}") from error
+        yield number, Problem(number, DAMAGED, f"cannot read on: {reason(error)}")
 
 
-def _files(source: Input, fields: Fields, every: bool) -> _Records:
+def _files(source: Input, fields: Fields, part: Slice, every: bool) -> _Records:
     if source.names:
-        return _texts(source)
+        return _texts(source, part)
     (url,) = source.files
     form = format_of(url)
     assert form is not None
     if form.kind == "parquet":
-        return _parquet(url, fields, every)
-    return (parsed(line, number) for number, line in enumerate(raw_records(url, form), start=1))
+        return _parquet(url, fields, part, every)
+    lines = raw_records(url, form, part.begin, part.end)
+    return (parsed(line, number) for number, line in enumerate(lines, start=part.first))
 
 
-def _texts(source: Input) -> _Records:
-    for number, (url, name) in enumerate(zip(source.files, source.names, strict=True), start=1):
+def _texts(source: Input, part: Slice) -> _Records:
+    files = list(zip(source.files, source.names, strict=True))[part.begin : part.end]
+    for number, (url, name) in enumerate(files, start=part.first):
         form = format_of(url)
         assert form is not None
         try:
             yield {"text": whole(url, form).decode("utf-8-sig"), "id": name}
         except UnicodeDecodeError as error:
             yield Problem(number, "not UTF-8", f"not UTF-8 (byte {error.start})")
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            yield Problem(number, DAMAGED, f"cannot read it: {reason(error)}")
 
 
-def _parquet(url: str, fields: Fields, every: bool) -> _Records:
+def _parquet(url: str, fields: Fields, part: Slice, every: bool) -> _Records:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with fsspec.open(url, "rb") as file:
         columns = None if every else fields.columns(pq.ParquetFile(file).schema_arrow.names)
-    for batch in parquet_batches(url, columns):
+    for group, (rows, _) in enumerate(parquet_groups(url)[part.begin : part.end], start=part.begin):
         try:
-            yield from batch.to_pylist()
-        except UnicodeDecodeError:  # read as bytes, so that only the records that are not UTF-8 are left out
-            binary = [c.cast(pa.large_binary()) if pa.types.is_string(c.type) else c for c in batch.columns]
-            yield from pa.RecordBatch.from_arrays(binary, names=batch.schema.names).to_pylist()
+            for batch in parquet_batches(url, group, columns):
+                rows -= len(batch)
+                try:
+                    yield from batch.to_pylist()
+                except UnicodeDecodeError:  # read as bytes, so that only the records that are not UTF-8 are left out
+                    binary = [c.cast(pa.large_binary()) if pa.types.is_string(c.type) else c for c in batch.columns]
+                    yield from pa.RecordBatch.from_arrays(binary, names=batch.schema.names).to_pylist()
+        except (ValueError, OSError) as error:
+            if not _is_damage(error):
+                raise
+            yield _Gap(rows, reason(error))
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether the bytes of a file are at fault, not the way to it, nor this machine."""
+    kinds = (EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+    return isinstance(error, kinds) or (type(error) in (OSError, gzip.BadGzipFile) and error.errno is None)  # type: ignore[attr-defined]
 
 
 def _dataset(source: Input, fields: Fields, every: bool) -> _Records:

@@ -15,7 +15,17 @@ from typing import Any, Literal
 import fsspec
 import zstandard
 
-__all__ = ["READ", "Format", "Layout", "format_of", "layout", "parquet_batches", "raw_records", "whole"]
+__all__ = [
+    "READ",
+    "Format",
+    "Layout",
+    "format_of",
+    "layout",
+    "parquet_batches",
+    "parquet_groups",
+    "raw_records",
+    "whole",
+]
 
 READ = ".jsonl, .ndjson, .json, .txt (each also .gz, .zst, .bz2, .xz), .parquet"
 Kind = Literal["lines", "json", "parquet", "text"]
@@ -50,12 +60,20 @@ def format_of(path: str) -> Format | None:
     return None if kind is None else Format(kind, packing)
 
 
-def raw_records(url: str, form: Format) -> Iterator[bytes]:
+def raw_records(url: str, form: Format, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
     """The records of a file of JSON in order: lines with their ends, blank ones too, or the text of each value.
+
+    Args:
+        url: of the file.
+        form: of the file.
+        begin: byte that a line of a plain file begins at.
+        end: byte after the end of a line of it; None is the end of any file.
 
     Raises:
         Exception: whatever the library of the format raises where the file cannot be read to its end.
     """
+    if end is not None:
+        return _lines(_range(url, begin, end))
     blocks = _blocks(url, form)
     if form.kind == "json":
         found, blocks = _layout(blocks)
@@ -74,18 +92,36 @@ def whole(url: str, form: Format) -> bytes:
     return b"".join(_blocks(url, form))
 
 
-def parquet_batches(url: str, columns: Sequence[str] | None = None, size: int = 1000) -> Iterator[Any]:
-    """Record batches of a Parquet file."""
+def parquet_batches(url: str, group: int, columns: Sequence[str] | None = None, size: int = 1000) -> Iterator[Any]:
+    """Record batches of a row group of a Parquet file."""
     import pyarrow.parquet as pq
 
     with fsspec.open(url, "rb") as file:
-        yield from pq.ParquetFile(file).iter_batches(batch_size=size, columns=columns)
+        yield from pq.ParquetFile(file).iter_batches(batch_size=size, row_groups=[group], columns=columns)
+
+
+def parquet_groups(url: str) -> list[tuple[int, int]]:
+    """Rows, and bytes when unpacked, of each row group of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    with fsspec.open(url, "rb") as file:
+        metadata = pq.ParquetFile(file).metadata
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
 def _blocks(url: str, form: Format) -> Iterator[bytes]:
     with fsspec.open(url, "rb", compression=_PACKINGS[form.packing]) as file:
         blocks = iter(lambda: file.read(_BLOCK), b"")
         yield from _unpacked(blocks) if form.packing == ".zst" else blocks
+
+
+def _range(url: str, begin: int, end: int) -> Iterator[bytes]:
+    with fsspec.open(url, "rb") as file:
+        file.seek(begin)
+        while begin < end and (block := file.read(min(_BLOCK, end - begin))):
+            begin += len(block)
+            yield block
 
 
 def _unpacked(blocks: Iterable[bytes]) -> Iterator[bytes]:

@@ -52,12 +52,17 @@ class Input:
     files: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
 
+    @property
+    def unit(self) -> str:
+        """What a record is called."""
+        form = format_of(self.files[0]) if self.files else None
+        return _UNITS.get(form.kind if form else "", "record")
+
     def place(self, record: int) -> tuple[str, str]:
         """File and place of a record, counted from 1: lines of JSONL, rows of Parquet, whole files of plain text."""
         if self.names:
             return _shown(self.files[record - 1]), "whole file"
-        form = format_of(self.files[0]) if self.files else None
-        return self.where, f"{_UNITS.get(form.kind if form else '', 'record')} {record}"
+        return self.where, f"{self.unit} {record}"
 
     def at(self, record: int) -> str:
         """``place`` in one piece."""
@@ -68,6 +73,11 @@ class Input:
     def is_folder(self) -> bool:
         """Whether it is a folder of plain text."""
         return bool(self.names) and _shown(self.files[0]) != self.where
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its files lie on disks of this machine."""
+        return bool(self.files) and all(map(_is_local, self.files))
 
     def note(self) -> dict[str, Any]:
         """All of it as plain data, for a file."""

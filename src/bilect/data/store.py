@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,6 +77,7 @@ class TokenStore:
         if isinstance(paths, Path):
             paths = sorted(paths.glob("*.arrow")) if paths.is_dir() else [paths]
         self.paths, self.excluded = list(paths), np.asarray(excluded, dtype=np.int64)
+        self._given_weights, self._given_naming = weights, naming
         self.parts: list[Part] = []
         self._batches: list[pa.RecordBatch] = []
         self._naming: list[Naming] = []  # of each batch
@@ -105,6 +107,10 @@ class TokenStore:
 
     def __len__(self) -> int:
         return len(self.length_R)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A store is sent to a worker as the names of its files, which are opened there."""
+        return TokenStore, (self.paths, self._given_weights, self.excluded, self._given_naming)
 
     def row(self, index: int) -> Row:
         """Token ids of a row, and what of them is given."""

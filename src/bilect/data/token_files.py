@@ -1,27 +1,34 @@
 """Every input is tokenised once: its token file is kept in the cache, and runs hold hard links to it.
 
 An entry is an Arrow file and, written last, a note with its size, its hash and the records that were left out. Its key
-is everything that its content depends on. An entry that is not whole is made again.
+is everything that its content depends on. An entry that is not whole is made again. It is made of blocks, one for each
+slice of the input: workers write them, and started again it goes on at the first that is missing.
 """
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from bilect.data.blocks import Block, Tokenise
 from bilect.data.cache import cache_folder, file_hash
-from bilect.data.documents import Document, Problem, bad_record, read_input
+from bilect.data.documents import Problem, bad_record
 from bilect.data.formats import format_of
+from bilect.data.slices import Slice, slices
 from bilect.data.sources import Input, identity
-from bilect.data.tokens import TokenStore, start_token, write_tokens
+from bilect.data.tokens import join_tokens, start_token
+from bilect.engines import Engine, Here
 from bilect.errors import BilectError, reason
-from bilect.runtime.files import content_hash, write_json
+from bilect.runtime.files import content_hash, draft_of, write_json
 
 __all__ = ["TokenFile", "TokenFiles", "link"]
 
@@ -53,10 +60,22 @@ class TokenFiles:
         context: greatest number of tokens of a row.
         chunk: cut long documents instead of truncating them.
         skip: leave out records that cannot be used; otherwise the first of them is an error.
+        engine: where slices of inputs are tokenised.
+        scratch: folder for blocks, all of whose processes can reach it; a temporary one by default.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, context: int, chunk: bool, skip: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        context: int,
+        chunk: bool,
+        skip: bool,
+        engine: Engine | None = None,
+        scratch: Path | None = None,
+    ) -> None:
         self._tokenizer, self._context, self._chunk, self._skip = tokenizer, context, chunk, skip
+        self._engine, self._scratch = engine or Here(), scratch
         backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else ""
         self._settings = [
             _FORMAT,
@@ -68,61 +87,85 @@ class TokenFiles:
         ]
 
     def get(self, source: Input, on_rows: Callable[[int], None] = lambda n: None) -> TokenFile:
-        """The token file of an input.
+        """``all`` of one input."""
+        (entry,) = self.all([source], on_rows)
+        return entry
+
+    def all(self, sources: Sequence[Input], on_rows: Callable[[int], None] = lambda n: None) -> Iterator[TokenFile]:
+        """The token file of each input, in order.
 
         Args:
-            source: the input.
+            sources: the inputs.
             on_rows: called with the number of documents just done.
 
         Raises:
-            BilectError: the input cannot be read, holds a record that cannot be used, or the cache cannot be written.
+            BilectError: an input cannot be read, holds a record that cannot be used, or the cache cannot be written.
         """
+        paths = [self._path(source) for source in sources]
+        found = {path: _read(path) for path in paths}
+        missing = {path: source for source, path in zip(sources, paths, strict=True) if found[path] is None}
+        with ExitStack() as stack:
+            scratch = self._scratch
+            if scratch is None:
+                temporary = tempfile.TemporaryDirectory(prefix="bilect-", ignore_cleanup_errors=True)
+                scratch = Path(stack.enter_context(temporary))
+            made = self._make(missing, scratch, on_rows)
+            for source, path in zip(sources, paths, strict=True):
+                entry = found[path]
+                if entry is None:
+                    entry = found[path] = next(made)
+                else:
+                    on_rows(entry.rows)
+                if entry.skipped and not self._skip:
+                    raise bad_record(source, entry.skipped[0])
+                yield entry
+
+    def _path(self, source: Input) -> Path:
         # Not in the key: whether bad records are left out. A file without any is the same either way.
         form = str(format_of(source.files[0])) if source.files else ""  # of two names for the same bytes
         chosen = [identity(source), form, source.label, source.source.fields, *_split(source)]
-        key = content_hash([*self._settings, *chosen])
-        path = cache_folder("tokens") / f"{key}.arrow"
-        entry = _read(path)
-        if entry is None:
-            entry = self._make(source, path, on_rows)
-        else:
-            on_rows(entry.rows)
-        if entry.skipped and not self._skip:
-            raise bad_record(source, entry.skipped[0])
-        return entry
+        return cache_folder("tokens") / f"{content_hash([*self._settings, *chosen])}.arrow"
 
-    def _make(self, source: Input, path: Path, on_rows: Callable[[int], None]) -> TokenFile:
-        skipped: list[Problem] = []
+    def _make(
+        self, missing: Mapping[Path, Input], scratch: Path, on_rows: Callable[[int], None]
+    ) -> Iterator[TokenFile]:
+        """Entries that are not there, in order."""
+        work = Tokenise(self._tokenizer, self._context, self._chunk, self._skip, on_rows)
+        blocks = list[tuple[Path, Mapping[str, Any]]]()  # of the entry that is being made
+        for block, note in self._engine.map(work, _blocks(missing, scratch)):
+            on_rows(note["unreported"])
+            blocks.append((block.file, note))
+            if block.last:
+                yield _join(blocks, block.entry)
+                blocks = []
 
-        def on_problem(problem: Problem) -> None:
-            if not self._skip:
-                raise bad_record(source, problem)
-            skipped.append(problem)
 
-        def documents():
-            for item in read_input(source):
-                if isinstance(item, Document):
-                    yield item
-                else:
-                    on_problem(item)
+def _blocks(missing: Mapping[Path, Input], scratch: Path) -> Iterator[Block]:
+    for path, source in missing.items():
+        folder = scratch / path.stem
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = slices(source)
+        part: Slice | None = next(parts)
+        for number in count():
+            if part is None:
+                break
+            following = next(parts, None)
+            yield Block(source, part, path, folder / f"{number:06d}.arrow", following is None)
+            part = following
 
-        try:
-            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
-            os.close(handle)
-            try:
-                write_tokens(documents(), self._tokenizer, Path(name), context=self._context, chunk=self._chunk,
-                             on_rows=on_rows, on_problem=on_problem)  # fmt: skip
-                os.chmod(name, 0o644)
-                os.replace(name, path)
-            finally:
-                Path(name).unlink(missing_ok=True)
-            store = TokenStore(path)
-            entry = TokenFile(path, len(store), int(store.length_R.sum()), skipped)
-            note = {"rows": entry.rows, "tokens": entry.tokens, "skipped": [asdict(p) for p in skipped]}
-            write_json(_note(path), {**note, "hash": file_hash(path)})
-        except (OSError, pa.ArrowException) as error:
-            raise BilectError(f"data: cannot write the cache in {path.parent}: {reason(error)}") from error
-        return entry
+
+def _join(blocks: Sequence[tuple[Path, Mapping[str, Any]]], path: Path) -> TokenFile:
+    """An entry of its blocks, which go."""
+    try:
+        with draft_of(path) as draft:
+            join_tokens([file for file, _ in blocks], draft)
+        skipped = [problem for _, note in blocks for problem in note["skipped"]]
+        rows, tokens = (sum(note[key] for _, note in blocks) for key in ("rows", "tokens"))
+        write_json(_note(path), {"rows": rows, "tokens": tokens, "skipped": skipped, "hash": file_hash(path)})
+    except (OSError, pa.ArrowException) as error:
+        raise BilectError(f"data: cannot write the cache in {path.parent}: {reason(error)}") from error
+    shutil.rmtree(blocks[0][0].parent)
+    return TokenFile(path, rows, tokens, [Problem(**p) for p in skipped])
 
 
 def link(source: Path, destination: Path) -> None:

@@ -7,7 +7,7 @@ tokens are not learned; at the places in ``flips``, if there are any, learning s
 ``n_tokens`` counts those beyond the context too, which a row of a document that is not cut into pieces does not hold.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from bilect.data.document import Document, Problem, hash64
 from bilect.data.store import TokenStore
 from bilect.errors import BilectError
 
-__all__ = ["TokenStore", "start_token", "write_rows", "write_tokens"]
+__all__ = ["TokenStore", "join_tokens", "start_token", "write_rows", "write_tokens"]
 
 _SCHEMA = pa.schema(
     [
@@ -108,6 +108,15 @@ def write_rows(store: TokenStore, rows: np.ndarray, path: Path) -> None:
         for first in range(0, len(rows), _DOCUMENTS):
             part = rows[first : first + _DOCUMENTS]
             writer.write_batch(pa.RecordBatch.from_arrays([store.take(n, part) for n in _SCHEMA.names], schema=_SCHEMA))
+
+
+def join_tokens(parts: Sequence[Path], path: Path) -> None:
+    """Several files as one, a batch at a time."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+        for part in parts:
+            with pa.memory_map(str(part)) as file:
+                for batch in pa.ipc.open_stream(file):
+                    writer.write_batch(batch)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Any]:

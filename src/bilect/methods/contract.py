@@ -6,7 +6,7 @@ A module of this package holds one method: its settings and its class. Higher sc
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from bilect.data.tokens import TokenStore
+from bilect.engines import Engine, Here
 from bilect.errors import BilectError, reason
 from bilect.models.loading import load_causal_lm
 from bilect.runtime import distributed
@@ -59,6 +60,7 @@ class Inputs:
         bf16: matrix products in bfloat16 where the method allows it.
         batch_tokens: padded tokens per scoring batch.
         checkpoint_every: steps of a fit between two checkpoints.
+        engine: where work on blocks of documents is done that many processes can share.
     """
 
     pool: TokenStore
@@ -76,6 +78,7 @@ class Inputs:
     bf16: bool = False
     batch_tokens: int = 8192
     checkpoint_every: int = 500
+    engine: Engine = field(default_factory=Here)
 
     def derive(self, label: str) -> int:
         """The seed of one purpose in this round."""

@@ -12,6 +12,7 @@ document's n-grams, is the better choice (docs/methods.md has figures).
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ from bilect.runtime.progress import Task
 
 __all__ = ["Dsir", "DsirConfig"]
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE, ROWS_OF_BLOCK = 1024, 1 << 14  # in memory; counted by one process
 
 
 class DsirConfig(MethodConfig):
@@ -49,7 +50,7 @@ class Dsir(DocumentMethod[DsirConfig]):
 
     def score(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
         """Log importance weights, of documents or per n-gram."""
-        return np.concatenate([np.zeros(0), *map(self._weights, self._counts(store, rows))])
+        return np.concatenate([np.zeros(0), *map(self._weights, _counts(self.config, store, rows))])
 
     def _weights(self, counts: csr_matrix) -> np.ndarray:
         sum_B = counts @ self.log_ratio_H
@@ -67,22 +68,35 @@ class Dsir(DocumentMethod[DsirConfig]):
         return {"flops": 0.0}  # hashing only
 
     def _distribution(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
-        total_H = sum(np.asarray(counts.sum(axis=0))[0] for counts in self._counts(store, rows))
+        blocks = [rows[first : first + ROWS_OF_BLOCK] for first in range(0, len(rows), ROWS_OF_BLOCK)]
+        total_H = sum(self.inputs.engine.map(_Total(self.config, store), blocks))  # whole numbers: in any order
         return total_H / max(np.sum(total_H), 1.0)
-
-    def _counts(self, store: TokenStore, rows: np.ndarray) -> Iterator[csr_matrix]:
-        vectorizer = HashingVectorizer(
-            n_features=self.config.buckets,
-            ngram_range=(1, self.config.ngrams),
-            token_pattern=r"\w+|[^\w\s]+",  # words and runs of punctuation, as the published code cuts them
-            alternate_sign=False,
-            norm=None,
-        )
-        for first in range(0, len(rows), ROWS_AT_ONCE):
-            yield vectorizer.transform(store.texts(rows[first : first + ROWS_AT_ONCE]))
 
     def _write(self, folder: Path) -> None:
         np.save(folder / "log_ratio.npy", self.log_ratio_H)
 
     def _read(self, folder: Path) -> None:
         self.log_ratio_H = np.load(folder / "log_ratio.npy")
+
+
+@dataclass
+class _Total:
+    """Counts of every bucket over a block of documents."""
+
+    config: DsirConfig
+    store: TokenStore
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        return sum(np.asarray(counts.sum(axis=0))[0] for counts in _counts(self.config, self.store, rows))
+
+
+def _counts(config: DsirConfig, store: TokenStore, rows: np.ndarray) -> Iterator[csr_matrix]:
+    vectorizer = HashingVectorizer(
+        n_features=config.buckets,
+        ngram_range=(1, config.ngrams),
+        token_pattern=r"\w+|[^\w\s]+",  # words and runs of punctuation, as the published code cuts them
+        alternate_sign=False,
+        norm=None,
+    )
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        yield vectorizer.transform(store.texts(rows[first : first + ROWS_AT_ONCE]))

@@ -1,11 +1,16 @@
 """Choosing, for any method: fit on a shard, score it, keep the top."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bilect.config import SelectionConfig
+from bilect.data.tokens import TokenStore
+from bilect.engines import Here
 from bilect.errors import BilectError, DivergedError
 from bilect.methods import load, methods_of
 from bilect.methods.contract import DocumentMethod, Inputs
@@ -44,25 +49,43 @@ def fit(run: RunContext, scratch: Path, arm: str, number: int) -> Figures:
 
 def score(run: RunContext, scratch: Path, arm: str, number: int) -> Figures:
     """Score the whole shard by a fitted method."""
-    inputs = _inputs(run, arm, number, scratch / ".fit")
-    method = load(run.root / run.arm_folder(arm, number) / SAVED, inputs)
+    fitted = partial(_fitted, run.for_workers(), scratch, arm, number)
     out = scratch / run.arm_folder(arm, number) / "scores"
-    return score_rows(run, method, inputs.rows, out, f"round {number}: score by {arm}")
+    return score_rows(run, fitted, run.shard(number, len(run.pool())), out, f"round {number}: score by {arm}")
 
 
-def score_rows(run: RunContext, method: DocumentMethod[Any], rows: np.ndarray, out: Path, title: str) -> Figures:
-    """Score rows of the pool into ``out``; files that are there already are kept."""
+def score_rows(
+    run: RunContext, fitted: Callable[[], DocumentMethod[Any]], rows: np.ndarray, out: Path, title: str
+) -> Figures:
+    """Score rows of the pool into ``out`` by a method that every worker loads; what is scored already is kept."""
     pool = run.pool()
     tokens = int(pool.length_R[rows].sum())
+    scorer = _Scorer(fitted, pool)
     with run.progress.task(title, tokens, unit="tokens") as task:
+        write_scores(scorer, pool, rows, out, task.advance, run.engine if distributed.world_size() == 1 else None)
+    return {"tokens": tokens, "flops": scorer.method.score_flops(pool, rows)}
 
-        def scores(some: np.ndarray) -> np.ndarray:
-            found = method.score(pool, some)
-            task.advance(int(pool.length_R[some].sum()))
-            return found
 
-        write_scores(scores, pool, rows, out, task.advance)
-    return {"tokens": tokens, "flops": method.score_flops(pool, rows)}
+@dataclass
+class _Scorer:
+    """Scores rows by a method that each process loads when it first needs it."""
+
+    fitted: Callable[[], DocumentMethod[Any]]
+    pool: TokenStore
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"fitted": self.fitted, "pool": self.pool}
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        return self.method.score(self.pool, rows)
+
+    @cached_property
+    def method(self) -> DocumentMethod[Any]:
+        return self.fitted()
+
+
+def _fitted(run: RunContext, scratch: Path, arm: str, number: int) -> DocumentMethod[Any]:
+    return load(run.root / run.arm_folder(arm, number) / SAVED, _inputs(run, arm, number, scratch / ".fit"))
 
 
 def select(run: RunContext, scratch: Path, arm: str, number: int) -> Figures:
@@ -81,7 +104,7 @@ def select(run: RunContext, scratch: Path, arm: str, number: int) -> Figures:
     attach_text(out / "selected", pool, rule.format)
     if inputs is not None:
         with run.progress.task(f"round {number}: records", chosen.documents, unit="records") as task:
-            write_records(out / "selected", pool, inputs, task.advance)
+            write_records(out / "selected", pool, inputs, task.advance, run.engine)
     if chosen.note:
         run.progress.note(chosen.note)
     return {
@@ -136,4 +159,5 @@ def _inputs(run: RunContext, arm: str, number: int, scratch: Path, log: Path | N
         bf16=config.fit.bf16,
         batch_tokens=config.score_batch_tokens,
         checkpoint_every=config.checkpoint_every,
+        engine=run.engine if distributed.world_size() == 1 else Here(),
     )

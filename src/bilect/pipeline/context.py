@@ -1,7 +1,7 @@
 """What every stage is given: the run directory, the config, the progress display, and how to read earlier results."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -15,10 +15,11 @@ from bilect.config import Config
 from bilect.data.sources import set_name
 from bilect.data.store import Naming
 from bilect.data.tokens import TokenStore
+from bilect.engines import Engine, Here
 from bilect.models.loading import load_causal_lm, load_tokenizer
 from bilect.runtime import distributed
 from bilect.runtime.device import pick_device
-from bilect.runtime.progress import Progress
+from bilect.runtime.progress import Progress, SilentProgress
 from bilect.runtime.seeds import derive_seed
 from bilect.selection.near_duplicates import cluster_file
 
@@ -37,11 +38,17 @@ class RunContext:
         root: the run directory.
         config: of the run.
         progress: what the reader sees.
+        engine: where work is done that many processes can share.
     """
 
     root: Path
     config: Config
     progress: Progress
+    engine: Engine = field(default_factory=Here)
+
+    def for_workers(self) -> "RunContext":
+        """The run as a worker sees it, which can be pickled: silent, and with no engine of its own."""
+        return RunContext(self.root, self.config, SilentProgress())
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -76,7 +83,7 @@ class RunContext:
         if selection.max_per_cluster is None:
             return None
         if distributed.is_main():
-            find_clusters(tokens, selection.cluster_similarity, self.progress)
+            find_clusters(tokens, selection.cluster_similarity, self.progress, self.engine)
         distributed.barrier()
         return _cluster_path(tokens, selection.cluster_similarity)
 
@@ -140,11 +147,11 @@ def open_pool(tokens: Path) -> TokenStore:
     return TokenStore(paths, [f["weight"] for f in note["files"]], _excluded(note), naming)
 
 
-def find_clusters(tokens: Path, similarity: float, progress: Progress) -> Path:
+def find_clusters(tokens: Path, similarity: float, progress: Progress, engine: Engine) -> Path:
     """Near-duplicates of a pool, in a file beside its tokens: once for all rounds, arms and later selections."""
     store, file = open_pool(tokens), _cluster_path(tokens, similarity)
     with progress.task("near-duplicates", len(store) - len(store.excluded), unit="documents") as task:
-        return cluster_file(store, file, similarity, task.advance)
+        return cluster_file(store, file, similarity, task.advance, engine)
 
 
 def _cluster_path(tokens: Path, similarity: float) -> Path:

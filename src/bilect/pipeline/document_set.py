@@ -91,8 +91,7 @@ class DocumentSet:
             raise BilectError(f"data: {at(second)}: the same text occurs twice, first in {at(first)}{_SIGNS}")
 
     def tokenise(self, files: TokenFiles, task: Task) -> None:
-        for part in self.inputs:
-            made = files.get(part, task.advance)
+        for part, made in zip(self.inputs, files.all(self.inputs, task.advance), strict=True):
             self.paths.append(made.path)
             self.skipped += [_skipped(self.role, part, p) for p in made.skipped]
         self.use(TokenStore(self.paths))

@@ -13,9 +13,10 @@ import yaml
 
 from bilect.config import Config, SelectionConfig, parse_config, parse_selection, parse_source
 from bilect.data.sources import Input
+from bilect.engines import open_engine
 from bilect.errors import BilectError
 from bilect.methods import load
-from bilect.methods.contract import Inputs
+from bilect.methods.contract import DocumentMethod, Inputs
 from bilect.models.loading import load_tokenizer
 from bilect.pipeline import texts
 from bilect.pipeline.changes import check_repeats
@@ -60,6 +61,8 @@ def select_again(
     number: int | None = None,
     seed: int = 0,
     repeat: bool = False,
+    engine: str = "local",
+    workers: int | None = None,
 ) -> tuple[Selected, Path]:
     """Another selection from scores that are there; no model is needed.
 
@@ -71,6 +74,8 @@ def select_again(
         number: the round whose scores are used; default: the last that has any.
         seed: of Gumbel noise.
         repeat: replace another selection that lies in ``out``.
+        engine: where near-duplicates are hashed and records written.
+        workers: processes.
 
     Returns:
         What was kept, and the folder: ``kept.parquet`` or ``kept.jsonl.zst`` (with text, where the token files are
@@ -91,17 +96,18 @@ def select_again(
     made_of = {"scores": str(scores.resolve()), "seed": seed, "selection": plain(config.model_dump())}
     if not repeat:
         _check_selection(folder, made_of)
-    clusters = None
-    if config.max_per_cluster is not None and tokens is not None:
-        clusters = find_clusters(tokens, config.cluster_similarity, progress or SilentProgress())
-    records = None if tokens is None or config.output == "text" else _records(tokens, settings, progress)
-    chosen = select(scores, folder, config, seed=seed, clusters=clusters)
-    write_json(folder / "selection.json", made_of)  # at once: interrupted from here on, it goes on unasked
-    if tokens is not None:
-        pool = open_pool(tokens)
-        attach_text(folder, pool, config.format)
-        if records is not None:
-            write_records(folder, pool, records)
+    with open_engine(engine, workers) as opened:
+        clusters = None
+        if config.max_per_cluster is not None and tokens is not None:
+            clusters = find_clusters(tokens, config.cluster_similarity, progress or SilentProgress(), opened)
+        records = None if tokens is None or config.output == "text" else _records(tokens, settings, progress)
+        chosen = select(scores, folder, config, seed=seed, clusters=clusters)
+        write_json(folder / "selection.json", made_of)  # at once: interrupted from here on, it goes on unasked
+        if tokens is not None:
+            pool = open_pool(tokens)
+            attach_text(folder, pool, config.format)
+            if records is not None:
+                write_records(folder, pool, records, engine=opened)
     return chosen, folder
 
 
@@ -113,8 +119,10 @@ def score_files(
     *,
     fields: Mapping[str, str] | None = None,
     repeat: bool = False,
+    engine: str | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
-    """Score other files by what a run has fitted; started again, it goes on at the first missing file.
+    """Score other files by what a run has fitted; started again, it goes on at the first missing block.
 
     Args:
         source: the run directory.
@@ -123,6 +131,8 @@ def score_files(
         progress: what the reader sees; nothing by default.
         fields: names of the fields where they differ, as ``fields`` of a source; by default those of the run's pool.
         repeat: replace scores of other files, or by another run, that lie in ``out``.
+        engine: where work runs; by default as in the run.
+        workers: processes; by default as in the run.
 
     Returns:
         ``documents``, ``tokens`` and, by reason, the number of records left out (``skipped``).
@@ -138,8 +148,8 @@ def score_files(
     pool = tuple(parse_source({"path": path, "fields": names}) for path in data)
     changes = {"lower_data": pool, "upper_data": (), "heldout_data": ()}  # the run's own need not be there any more
     config = base.model_copy(update={"data": base.data.model_copy(update=changes)})
-    context = RunContext(out.resolve(), config, progress or SilentProgress())
-    with locked(out):
+    with open_engine(engine or base.engine, workers or base.workers) as opened, locked(out):
+        context = RunContext(out.resolve(), config, progress or SilentProgress(), opened)
         directory = RunDir(context.root, config.seed)
         inputs = {"lower_data": texts.pool_hashes(context)}
         tokenizer = load_tokenizer(str(source / "tokenizer"))
@@ -191,14 +201,21 @@ def _records(tokens: Path, settings: Mapping[str, Any], progress: Progress | Non
 
 
 def _score(context: RunContext, source: RunContext, fitted: Path, scratch: Path) -> Figures:
-    pool, config = context.pool(), source.config
-    rows = np.setdiff1d(np.arange(len(pool)), context.excluded())
+    rows = np.setdiff1d(np.arange(len(context.pool())), context.excluded())
+    method = partial(_fitted, context.for_workers(), source.for_workers(), fitted, rows, scratch / ".fit")
+    return score_rows(context, method, rows, scratch / "scores", "score")
+
+
+def _fitted(
+    context: RunContext, source: RunContext, fitted: Path, rows: np.ndarray, scratch: Path
+) -> DocumentMethod[Any]:
+    config = source.config
     inputs = Inputs(
-        pool, rows, source.upper_sets(), proxy=source.root / "warmup" / "proxy", scratch=scratch / ".fit",
+        context.pool(), rows, source.upper_sets(), proxy=source.root / "warmup" / "proxy", scratch=scratch,
         pad_id=source.pad_id, seed=config.seed, device=source.device, number=config.rounds, bf16=config.fit.bf16,
         batch_tokens=config.score_batch_tokens,
     )  # fmt: skip
-    return score_rows(context, load(fitted, inputs), rows, scratch / "scores", "score")
+    return load(fitted, inputs)
 
 
 def _scores_of(source: Path, number: int | None) -> tuple[Path, Path | None]:

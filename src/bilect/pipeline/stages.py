@@ -8,13 +8,14 @@ what each does.
 """
 
 from collections.abc import Mapping, Sequence, Set
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from bilect.config import Config
+from bilect.engines import open_engine
 from bilect.errors import BilectError
 from bilect.methods import methods_of
 from bilect.methods.contract import DocumentMethod
@@ -103,9 +104,11 @@ def run(
     if main and config.tasks.names and command in ("run", "eval"):
         find_tasks(config.tasks.names, config.tasks.limit)  # likewise
     out = out.resolve()
-    context = RunContext(out, config, progress if progress is not None and main else SilentProgress())
-    inputs = texts.input_hashes(context)
-    with locked(out) if main else nullcontext():
+    with open_engine(config.engine, config.workers) as engine, ExitStack() as stack:
+        context = RunContext(out, config, progress if progress is not None and main else SilentProgress(), engine)
+        inputs = texts.input_hashes(context)
+        if main:
+            stack.enter_context(locked(out))
         directory = RunDir(out, config.seed, main=main, barrier=distributed.barrier)
         return _carry_out(context, directory, inputs, command, number, arms, repeat)
 

@@ -156,7 +156,7 @@ def tokenise_files(run: RunContext, scratch: Path, tokenizer: PreTrainedTokenize
     pool.look(run)
     with run.progress.task("tokenise the pool", unit="documents") as task:
         tokenizer.save_pretrained(scratch / "tokenizer")
-        pool.tokenise(_token_files(run, tokenizer, chunk=data.long_documents == "chunk"), task)
+        pool.tokenise(_token_files(run, scratch, tokenizer, chunk=data.long_documents == "chunk"), task)
         files = [folder / "pool" / f"{n:05d}-{part.name}.arrow" for n, part in enumerate(pool.inputs)]
         for made, file in zip(pool.paths, files, strict=True):
             link(made, file)
@@ -197,7 +197,7 @@ def tokenise_heldout(run: RunContext, scratch: Path) -> Figures:
     if not distributed.is_main():
         return {}
     data = run.config.data
-    sets = _tokenise_sets(run, "heldout", data.heldout_data)
+    sets = _tokenise_sets(run, scratch, "heldout", data.heldout_data)
     pool = DocumentSet("pool", data.lower_data, data.duplicates)
     pool.use(run.pool())
     pool.twice = np.array(run.pool_note()["excluded"][TWICE], dtype=np.int64)
@@ -216,8 +216,10 @@ def tokenise_upper(run: RunContext, scratch: Path) -> Figures:
     """Token file of each upper set; none may share a text with a held-out set."""
     if not distributed.is_main():
         return {}
-    sets = _tokenise_sets(run, "upper", run.config.data.upper_data)
-    for heldout in _tokenise_sets(run, "heldout", run.config.data.heldout_data):  # again, since it knows its files
+    sets = _tokenise_sets(run, scratch, "upper", run.config.data.upper_data)
+    for heldout in _tokenise_sets(
+        run, scratch, "heldout", run.config.data.heldout_data
+    ):  # again, since it knows its files
         for upper in sets:
             shared = heldout.index.with_texts_of(upper.index)
             if len(shared):
@@ -226,8 +228,8 @@ def tokenise_upper(run: RunContext, scratch: Path) -> Figures:
     return _saved(scratch, sets, "upper")
 
 
-def _tokenise_sets(run: RunContext, role: str, sources: Sequence[SourceConfig]) -> list[DocumentSet]:
-    files = _token_files(run, run.tokenizer, chunk=False)
+def _tokenise_sets(run: RunContext, scratch: Path, role: str, sources: Sequence[SourceConfig]) -> list[DocumentSet]:
+    files = _token_files(run, scratch, run.tokenizer, chunk=False)
     sets = [DocumentSet(role, (source,), run.config.data.duplicates) for source in sources]
     for part in sets:
         part.look(run)
@@ -255,9 +257,10 @@ def _names(parts: Sequence[Input]) -> list[str]:
     return [part.name if name == "." else name for name, part in zip(found, parts, strict=True)]
 
 
-def _token_files(run: RunContext, tokenizer: PreTrainedTokenizerBase, *, chunk: bool) -> TokenFiles:
-    data = run.config.data
-    return TokenFiles(tokenizer, context=data.context, chunk=chunk, skip=data.on_bad_record == "skip")
+def _token_files(run: RunContext, scratch: Path, tokenizer: PreTrainedTokenizerBase, *, chunk: bool) -> TokenFiles:
+    data, skip = run.config.data, run.config.data.on_bad_record == "skip"
+    blocks = scratch / ".blocks"
+    return TokenFiles(tokenizer, context=data.context, chunk=chunk, skip=skip, engine=run.engine, scratch=blocks)
 
 
 def _batch(run: RunContext) -> int:

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bilect.errors import BilectError, reason
 
-__all__ = ["content_hash", "flush", "make_folder", "write_json", "write_text"]
+__all__ = ["content_hash", "draft_of", "flush", "make_folder", "write_json", "write_text"]
 
 
 def make_folder(path: Path) -> None:
@@ -31,6 +33,19 @@ def make_folder(path: Path) -> None:
 def _short(path: Path) -> str:
     text = str(path)
     return text if len(text) <= 300 else f"{text[:200]}... ({len(text)} characters)"
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """An empty file beside ``path`` that takes its place if the block ends well, and else goes."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

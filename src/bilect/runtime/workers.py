@@ -6,8 +6,7 @@ from multiprocessing import parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 
-__all__ = ["cores", "end_with_parent"]
-
+__all__ = ["cores", "end_with_parent", "gpu_names"]
 
 _QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))  # control groups of version 2, of version 1
 
@@ -23,6 +22,14 @@ def cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
         if quota > 0 and period > 0:
             return max(1, min(bound, -(-quota // period)))
     return bound
+
+
+def gpu_names() -> list[str]:
+    """As ``CUDA_VISIBLE_DEVICES`` has them."""
+    import torch  # asks for no device before one is used
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
 
 
 def end_with_parent() -> None:

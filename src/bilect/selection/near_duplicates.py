@@ -10,7 +10,9 @@ Languages written without spaces have long "words": there, little more than equa
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from scipy.sparse.csgraph import connected_components
 
 from bilect.data.cache import file_hash
 from bilect.data.store import TokenStore
+from bilect.engines import Engine, Here
 from bilect.runtime.files import content_hash
 
 __all__ = ["band_rows", "cluster_file", "signatures"]
@@ -31,12 +34,17 @@ VALUES, WORDS, SEED = 128, 5, 0
 RECALL = 0.99  # of the bands: chance that a pair just at the similarity is looked at
 REACH = 64  # neighbours that a document is compared with in a bucket: a bucket of any size takes linear time
 PAIRS = 1 << 14  # compared at a time
+DOCUMENTS, AT_ONCE = 1 << 14, 1000  # of a block that is hashed by one process; in its memory at a time
 _FORMAT = 1  # of the files; another one makes all of them anew
 _ODD = np.random.default_rng(SEED).integers(0, 1 << 63, VALUES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
 
 def cluster_file(
-    store: TokenStore, file: Path, similarity: float, on_documents: Callable[[int], None] = lambda n: None
+    store: TokenStore,
+    file: Path,
+    similarity: float,
+    on_documents: Callable[[int], None] = lambda n: None,
+    engine: Engine | None = None,
 ) -> Path:
     """Write the clusters of a pool, unless ``file`` holds those of the same rows at the same similarity.
 
@@ -51,6 +59,7 @@ def cluster_file(
             each document of a cluster of two or more.
         similarity: least estimated Jaccard index of a pair.
         on_documents: called with the number of documents just hashed.
+        engine: where they are hashed.
     """
     made_by = [_FORMAT, version("rensa"), similarity, store.excluded.tolist(), [file_hash(p) for p in store.paths]]
     key = content_hash(made_by).encode()
@@ -58,12 +67,13 @@ def cluster_file(
         return file
     rows = np.setdiff1d(np.arange(len(store)), store.excluded)
     with tempfile.TemporaryDirectory(prefix=f".{file.stem}-", dir=file.parent) as scratch:
-        with (Path(scratch) / "signatures").open("wb") as out:
-            for batch in store.reader(["text"]):
-                if len(batch):  # all of its rows may be excluded
-                    out.write(signatures(batch["text"]).data)
-                    on_documents(len(batch))
-        label_D = _labels(np.memmap(out.name, np.uint32, "r", shape=(len(rows), VALUES)), similarity)
+        out = Path(scratch) / "signatures"
+        with out.open("wb") as whole:
+            whole.truncate(len(rows) * VALUES * 4)
+        blocks = pairwise([*range(0, len(rows), DOCUMENTS), len(rows)])
+        for done in (engine or Here()).map(_Sign(store, rows, out), blocks):
+            on_documents(done)
+        label_D = _labels(np.memmap(out, np.uint32, "r", shape=(len(rows), VALUES)), similarity)
         clustered = np.flatnonzero(np.bincount(label_D)[label_D] > 1)
         doc_id = store.take("doc_id", rows[clustered])
         order = pc.sort_indices(doc_id)
@@ -72,6 +82,23 @@ def cluster_file(
         pq.write_table(table, draft := Path(scratch) / "clusters")
         os.replace(draft, file)
     return file
+
+
+@dataclass
+class _Sign:
+    """Writes the signatures of a block of documents to their place in a file."""
+
+    store: TokenStore
+    rows: np.ndarray
+    file: Path
+
+    def __call__(self, bounds: tuple[int, int]) -> int:
+        first, stop = bounds
+        with self.file.open("r+b") as out:
+            out.seek(first * VALUES * 4)
+            for some in _blocks(self.rows[first:stop], AT_ONCE):
+                out.write(signatures(self.store.take("text", some)).data)
+        return stop - first
 
 
 def signatures(text: pa.StringArray) -> np.ndarray:

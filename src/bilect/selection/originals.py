@@ -11,8 +11,9 @@ import json
 import lzma
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ import zstandard
 
 from bilect.data.documents import parsed
 from bilect.data.fields import Fields, with_value_at
-from bilect.data.formats import Format, format_of, layout, parquet_batches, raw_records
+from bilect.data.formats import Format, format_of, layout, parquet_batches, parquet_groups, raw_records
 from bilect.data.sources import Input, open_dataset, places
+from bilect.data.store import Part
 from bilect.data.tokens import TokenStore, hash64
+from bilect.engines import Engine, Here
 from bilect.errors import BilectError, explain, reason
 from bilect.selection.records import kept_rows
 
@@ -37,7 +40,11 @@ _AT_ONCE = 4096  # kept rows that are looked up at a time
 
 
 def write_records(
-    selected: Path, store: TokenStore, inputs: Sequence[Input], on_records: Callable[[int], None] = lambda n: None
+    selected: Path,
+    store: TokenStore,
+    inputs: Sequence[Input],
+    on_records: Callable[[int], None] = lambda n: None,
+    engine: Engine | None = None,
 ) -> int:
     """Write ``selected/records/``, the kept records in files called like those they are from; returns their number.
 
@@ -49,6 +56,7 @@ def write_records(
         store: the pool's token files.
         inputs: of each token file, in order, see ``pipeline.texts.pool_inputs``.
         on_records: called with the number of records just written.
+        engine: where files are written, each by one process.
 
     Raises:
         BilectError: an input cannot be read, or is not what was tokenised.
@@ -57,21 +65,9 @@ def write_records(
     shutil.rmtree(draft, ignore_errors=True)
     written = 0
     try:
-        for part, source, place in zip(store.parts, inputs, places(inputs), strict=True):
-            own = rows[np.searchsorted(rows, part.rows.start) : np.searchsorted(rows, part.rows.stop)]
-            if not len(own):
-                continue
-            try:
-                count = _write(source, _Wanted(store, own), draft / place)
-            except BilectError:
-                raise
-            except Exception as error:
-                if explain(error):  # a full disk, for one
-                    raise
-                raise BilectError(f"select: cannot copy records of {source.where}: {reason(error)}") from error
-            if count != len(own):
-                raise BilectError(f"select: {count:,} of {len(own):,} kept records are found in {source.where}: it is "
-                                  "not what was tokenised")  # fmt: skip
+        files = zip(store.parts, inputs, places(inputs), strict=True)
+        parts = ((source, draft / place, _within(rows, part)) for part, source, place in files)
+        for count in (engine or Here()).map(_Copy(store), (part for part in parts if len(part[2]))):
             on_records(count)
             written += count
         shutil.rmtree(out, ignore_errors=True)
@@ -79,6 +75,32 @@ def write_records(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return written
+
+
+def _within(rows: np.ndarray, part: Part) -> np.ndarray:
+    return rows[np.searchsorted(rows, part.rows.start) : np.searchsorted(rows, part.rows.stop)]
+
+
+@dataclass
+class _Copy:
+    """Writes the kept records of one input to a file; returns their number."""
+
+    store: TokenStore
+
+    def __call__(self, part: tuple[Input, Path, np.ndarray]) -> int:
+        source, out, rows = part
+        try:
+            count = _write(source, _Wanted(self.store, rows), out)
+        except BilectError:
+            raise
+        except Exception as error:
+            if explain(error):  # a full disk, for one
+                raise
+            raise BilectError(f"select: cannot copy records of {source.where}: {reason(error)}") from error
+        if count != len(rows):
+            raise BilectError(f"select: {count:,} of {len(rows):,} kept records are found in {source.where}: it is "
+                              "not what was tokenised")  # fmt: skip
+        return count
 
 
 class _Wanted:
@@ -99,9 +121,9 @@ class _Wanted:
         return found
 
     @property
-    def done(self) -> bool:
-        """Whether nothing more is wanted."""
-        return self._next is None
+    def place(self) -> int | None:
+        """Of the next record; None where nothing more is wanted."""
+        return None if self._next is None else self._next[0]
 
     def _all(self) -> Iterator[tuple[int, tuple[str, str] | None]]:
         for first in range(0, len(self._rows), _AT_ONCE):
@@ -120,12 +142,12 @@ def _write(source: Input, wanted: _Wanted, out: Path) -> int:
         return _copy_files(source, wanted, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if not source.files:
-        return _write_table(_tables(source), wanted, source, out.with_name(f"{out.name}.parquet"))
+        return _write_table(_numbered(_tables(source)), wanted, source, out.with_name(f"{out.name}.parquet"))
     (url,) = source.files
     form = format_of(url)
     assert form is not None
     if form.kind == "parquet":
-        return _write_table(parquet_batches(url), wanted, source, out, _codec(url))
+        return _write_table(_row_groups(url, wanted), wanted, source, out, _codec(url))
     return _write_json(url, form, wanted, source, out)
 
 
@@ -142,7 +164,7 @@ def _write_json(url: str, form: Format, wanted: _Wanted, source: Input, out: Pat
                     whole += b"\n"
                 file.write((between if count else b"") + whole)
                 count += 1
-            if wanted.done:
+            if wanted.place is None:
                 break
         file.write(end)
     return count
@@ -164,15 +186,14 @@ def _cut(record: dict[str, Any], source: Input, text: str) -> dict[str, Any]:
 
 
 def _write_table(
-    batches: Iterator[pa.RecordBatch], wanted: _Wanted, source: Input, out: Path, codec: str = "zstd"
+    batches: Iterator[tuple[int, pa.RecordBatch]], wanted: _Wanted, source: Input, out: Path, codec: str = "zstd"
 ) -> int:
-    written, number, writer = 0, 0, None
+    written, writer = 0, None
     with ExitStack() as stack:
-        for batch in batches:
+        for first, batch in batches:
             whole, pieces = list[int](), list[tuple[int, str]]()
             for place in range(len(batch)):
-                number += 1
-                for piece in wanted.at(number):
+                for piece in wanted.at(first + place):
                     whole.append(place)
                     if piece is not None:
                         pieces.append((len(whole) - 1, piece[1]))
@@ -186,9 +207,24 @@ def _write_table(
             if len(part):
                 writer.write_batch(part)
             written += len(part)
-            if wanted.done:
+            if wanted.place is None:
                 break
     return written
+
+
+def _row_groups(url: str, wanted: _Wanted) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Batches of the row groups that hold something wanted, with the places of their first rows."""
+    first = 1
+    for group, (rows, _) in enumerate(parquet_groups(url)):
+        if wanted.place is not None and wanted.place < first + rows:
+            yield from _numbered(parquet_batches(url, group), first)
+        first += rows
+
+
+def _numbered(batches: Iterable[pa.RecordBatch], first: int = 1) -> Iterator[tuple[int, pa.RecordBatch]]:
+    for batch in batches:
+        yield first, batch
+        first += len(batch)
 
 
 def _tables(source: Input) -> Iterator[pa.RecordBatch]:

@@ -2,12 +2,14 @@
 
 ``n_tokens`` counts the tokens beyond the context too: what a record brings to a training, and what budgets count.
 
-A file that is there is not scored again, so an interrupted run goes on at the first missing one. Memory depends on
-``ROWS_AT_ONCE``, not on the size of the corpus.
+A file is made of blocks of ``ROWS_AT_ONCE`` rows, one row group each. What is there, file or block, is not scored
+again, so an interrupted run goes on at the first block that is missing. Memory does not depend on the corpus's size.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,11 @@ import torch
 from bilect.data.batch import make_batch
 from bilect.data.loading import length_bucketed
 from bilect.data.tokens import TokenStore
+from bilect.engines import Engine, Here
 from bilect.models.score_model import ScoreModel
 from bilect.runtime import distributed
 from bilect.runtime.device import autocast
+from bilect.runtime.files import draft_of
 
 __all__ = ["ROWS_AT_ONCE", "score_rows", "write_scores"]
 
@@ -70,38 +74,76 @@ def write_scores(
     store: TokenStore,
     rows: np.ndarray,
     folder: Path,
-    on_found: Callable[[int], None] = lambda n: None,
+    on_tokens: Callable[[int], None] = lambda n: None,
+    engine: Engine | None = None,
 ) -> list[Path]:
     """Score rows into one file per token file of the store, ``folder/00000-STEM.parquet``; returns the files.
 
     Of several ranks, each takes every so-manieth file.
 
     Args:
-        score: scores of some rows of the store, in their order; higher means keep.
+        score: scores of some rows of the store, in their order; higher means keep. Pickled where there are workers.
         store: of the documents.
         rows: which of them, sorted.
         folder: of the score files; those that are there already are kept.
-        on_found: called with the number of tokens found scored.
+        on_tokens: called with the number of tokens just scored, or found scored.
+        engine: where blocks are scored.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for number, part in enumerate(store.parts):
+    drafts = folder / ".blocks"
+    drafts.mkdir(parents=True, exist_ok=True)
+    files, missing = [folder / f"{part.name}.parquet" for part in store.parts], list[_File]()
+    for number, (part, file) in enumerate(zip(store.parts, files, strict=True)):
         own = rows[np.searchsorted(rows, part.rows.start) : np.searchsorted(rows, part.rows.stop)]
-        files.append(folder / f"{part.name}.parquet")
         if number % distributed.world_size() != distributed.rank():
             continue
-        if files[-1].exists():
-            on_found(int(store.length_R[own].sum()))
-            continue
-        draft = files[-1].with_suffix(".partial")
+        if file.exists():
+            on_tokens(int(store.length_R[own].sum()))
+        else:
+            missing.append(_File(file, [_Block(drafts / f"{part.name}-{n:06d}.parquet", some) for n, some in
+                                          enumerate(_pieces(own, ROWS_AT_ONCE))]))  # fmt: skip
+    made = (engine or Here()).map(_Score(score, store), (block for one in missing for block in one.blocks))
+    for one in missing:
+        draft = one.path.with_suffix(".partial")
         with pq.ParquetWriter(draft, _SCHEMA) as writer:
-            for some in _pieces(own, ROWS_AT_ONCE):
-                scores = np.asarray(score(some), dtype=np.float32)
-                columns = [store.doc_ids(some), store.sources(some), store.whole_R[some], scores]
-                writer.write_table(pa.table(columns, schema=_SCHEMA))
-        os.replace(draft, files[-1])
+            for block in one.blocks:
+                on_tokens(next(made))
+                writer.write_table(pq.read_table(block.file))
+        os.replace(draft, one.path)
+        for block in one.blocks:
+            block.file.unlink()
     distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(drafts)
     return files
+
+
+@dataclass(frozen=True)
+class _Block:
+    file: Path
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    blocks: list[_Block]
+
+
+@dataclass
+class _Score:
+    """Scores a block, unless that is done; returns its tokens."""
+
+    score: Callable[[np.ndarray], np.ndarray]
+    store: TokenStore
+
+    def __call__(self, block: _Block) -> int:
+        store, rows = self.store, block.rows
+        if not block.file.is_file():
+            scores = np.asarray(self.score(rows), dtype=np.float32)
+            columns = [store.doc_ids(rows), store.sources(rows), store.whole_R[rows], scores]
+            with draft_of(block.file) as draft:
+                pq.write_table(pa.table(columns, schema=_SCHEMA), draft)
+        return int(store.length_R[rows].sum())
 
 
 def _pieces(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:

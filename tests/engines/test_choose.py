@@ -1,0 +1,97 @@
+"""A choice by two workers, all of them killed again and again, is that of one process: the same files."""
+
+import os
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import bilect
+from bilect.data import slices
+from bilect.errors import BilectError
+from bilect.methods import dsir
+from bilect.selection import near_duplicates, scoring
+from tests.corpus import write_corpus
+from tests.pipeline.test_choose import SMALL
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    write_corpus(tmp_path / "pool")
+    for name in ("upper", "heldout"):
+        (tmp_path / "pool" / f"{name}.jsonl").rename(tmp_path / f"{name}.jsonl")
+    for module, name, value in ((slices, "BYTES", 8000), (slices, "_BLOCK", 1000), (scoring, "ROWS_AT_ONCE", 50),
+                                (dsir, "ROWS_OF_BLOCK", 60), (near_duplicates, "DOCUMENTS", 70)):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    return tmp_path
+
+
+class KillsWorkers:
+    """Kills the workers of this process when a task first moves on."""
+
+    def __init__(self):
+        self.killed = {}
+        self.now = ""
+
+    @contextmanager
+    def task(self, name, total=None, unit=None):
+        self.now = name
+        yield self
+
+    def advance(self, amount=1, **figures):
+        if self.now not in self.killed:
+            workers = children()
+            for worker in workers:
+                os.kill(worker, signal.SIGKILL)
+            self.killed[self.now] = len(workers)
+
+    def note(self, text):
+        pass
+
+
+def children() -> list[int]:
+    found = [Path(f"/proc/self/task/{task}/children").read_text().split() for task in os.listdir("/proc/self/task")]
+    return [int(pid) for part in found for pid in part]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def choose(corpus: Path, name: str, monkeypatch: pytest.MonkeyPatch, progress=None, **settings):
+    monkeypatch.setenv("BILECT_CACHE", str(corpus / f"cache-{name}"))
+    given = {**SMALL, "selection.max_per_cluster": 1, **settings}
+    target, out = corpus / "upper.jsonl", corpus / name
+    return bilect.choose(corpus / "pool", target, out, keep=0.25, method="dsir", settings=given, progress=progress)
+
+
+def same(one, other) -> None:
+    assert files(one.scores) == files(other.scores) and files(one.records) == files(other.records)
+    assert pq.read_table(one.kept).equals(pq.read_table(other.kept))
+    assert files(one.out / "tokens" / "pool") == files(other.out / "tokens" / "pool")
+    fitted = "round-1/method/log_ratio.npy"
+    assert (one.out / fitted).read_bytes() == (other.out / fitted).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds its children in /proc")
+def test_two_workers_that_are_killed_choose_what_one_process_does(corpus, monkeypatch):
+    alone = choose(corpus, "alone", monkeypatch)
+    assert pq.ParquetFile(next(alone.scores.iterdir())).num_row_groups > 2
+    before = set(children())
+    progress = KillsWorkers()
+    several = choose(corpus, "several", monkeypatch, progress, workers=2)
+    same(alone, several)
+    assert progress.killed["tokenise the pool"] and progress.killed["round 1: score by dsir"]
+    assert set(children()) <= before
+    times = {file: file.stat().st_mtime_ns for file in several.scores.iterdir()}
+    choose(corpus, "several", monkeypatch)  # where work runs is no part of what it depends on
+    assert {file: file.stat().st_mtime_ns for file in several.scores.iterdir()} == times
+
+
+def test_an_unknown_engine_is_one_line_and_leaves_nothing(corpus, monkeypatch):
+    with pytest.raises(BilectError, match=r"^engine: there is no engine 'nowhere'; known are: local"):
+        choose(corpus, "none", monkeypatch, engine="nowhere")
+    assert not (corpus / "none").exists()
