@@ -41,6 +41,7 @@ def tiny_settings(folder: Path, **changes: Any) -> dict[str, Any]:
     """Settings of a run on ``write_corpus``; ``changes`` replace top-level settings."""
     training = {"batch_size": 4, "learning_rate": 5e-3, "decay_steps": 4}
     return {
+        "method": "bliss",  # the one with the most to resume, share and divide among ranks
         "data": {
             "lower_data": [{"path": str(folder / "pool.jsonl")}],
             "upper_data": [{"path": str(folder / "upper.jsonl")}],

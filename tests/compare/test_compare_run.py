@@ -28,7 +28,7 @@ def settings(corpus, **changes):
     values = tiny_settings(corpus, controls=["dsir"], methods={"dsir": {"length": "mean"}})
     for part in (*values["warmup"].values(), values["training"]):
         part |= {"steps": 6, "decay_steps": 0}
-    values["fit"] |= {"steps": 3}
+    values["fit"] |= {"steps": 3, "score_learning_rate": 0.1}  # enough for the weights to tell in the choice
     variants = {"naive": {"fit.weighting": "naive", "controls": []}}
     return {**values, "curve": {"every": 3}, "compare": {"seeds": 2, "workers": 2, "variants": variants}, **changes}
 

@@ -9,6 +9,7 @@ import pytest
 from bilect import methods
 from bilect.config import parse_config
 from bilect.errors import BilectError
+from bilect.methods.dsir import _counts
 from bilect.pipeline.context import open_pool
 from bilect.pipeline.stages import run
 from tests.corpus import tiny_settings
@@ -59,10 +60,10 @@ def test_scores_are_the_methods_own(finished):
 
     upper = [("upper", 1.0, TokenStore(out / "tokens" / "upper" / "upper.arrow"))]
     method = methods.make("dsir", {"length": "mean"})
-    counted = [np.asarray(sum(c.sum(axis=0) for c in method._counts(s, r)))[0]
+    counted = [np.asarray(sum(c.sum(axis=0) for c in _counts(method.config, s, r)))[0]
                for s, r in ((upper[0][2], np.arange(len(upper[0][2]))), (pool, rows))]  # fmt: skip
     ratio = np.log(counted[0] / counted[0].sum() + 1e-8) - np.log(counted[1] / counted[1].sum() + 1e-8)
-    counts = next(method._counts(pool, rows))
+    counts = next(_counts(method.config, pool, rows))
     expected = (counts @ ratio) / np.asarray(counts.sum(axis=1))[:, 0]
     np.testing.assert_allclose(table["score"].to_numpy(), expected, rtol=1e-5)
 

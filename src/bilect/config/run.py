@@ -27,7 +27,7 @@ class Config(Settings):
     moved: ClassVar[Mapping[str, str]] = {name: f"fit.{name}" for name in ("reset_proxy", "carry_score_model")}
 
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of every random draw")
-    method: str = Field("bliss", description="what documents are chosen by, see docs/methods.md")
+    method: str = Field("excess", description="what documents are chosen by, see docs/methods.md")
     data: DataConfig = Field(description="text")
     models: ModelsConfig = Field(ModelsConfig(), description="proxy, target and score model")
     warmup: WarmupConfig = Field(WarmupConfig(), description="round 0")

@@ -12,9 +12,10 @@ from pydantic import BaseModel
 from bilect.config import Config, SourceConfig
 from bilect.errors import BilectError, reason
 
-__all__ = ["Size", "check_new", "config_template", "starting_values", "write_template"]
+__all__ = ["TRAINED_RATE", "Size", "check_new", "config_template", "starting_values", "write_template"]
 
 Size = Literal["tiny", "paper"]
+TRAINED_RATE = 1e-5  # of AdamW, for a model that is trained already
 
 _TITLES = {
     "curve": "Held-out losses while the arms train, for learning curves; nothing is chosen by them.",
@@ -52,6 +53,7 @@ def starting_values(
         return {
             "data": {**data, "context": 1024, "tokenizer": "EleutherAI/pythia-410m"},
             "models": {"proxy": "pythia-31m", "target": "pythia-410m"},
+            "method": "bliss",
             "fit": {"sample_fraction": 0.001, "lower_batch_size": 64, "upper_batch_size": 64, "bf16": True},
             "warmup": {"proxy": {"decay_steps": 0, "bf16": True}, "target": {"learning_rate": 3e-4, "bf16": True}},
             "selection": {"keep_ratio": 0.2},
@@ -67,7 +69,12 @@ def starting_values(
             "proxy": {**training, "steps": 150, "decay_steps": 0},
             "target": {**training, "steps": 150, "decay_steps": 20},
         },
-        "fit": {"steps": 80, "proxy_learning_rate": 5e-4 if model is None else 1e-5, "score_learning_rate": 1e-3},
+        "fit": {
+            "steps": 80,
+            "proxy_learning_rate": 5e-4 if model is None else TRAINED_RATE,
+            "score_learning_rate": 1e-3,
+        },
+        **({} if model is None else {"methods": {"excess": {"learning_rate": TRAINED_RATE}}}),
         "selection": {"keep_ratio": 0.2},
         "training": {**training, "steps": 120, "decay_steps": 20},
         "online": {"method": "full", "sync_every": 40, "reference_steps": 12, "diagnose_every": 10},

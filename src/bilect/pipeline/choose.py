@@ -12,6 +12,7 @@ from typing import Any
 
 from bilect.config import Config, parse_config
 from bilect.config.base import put
+from bilect.config.template import TRAINED_RATE
 from bilect.data.token_files import link
 from bilect.errors import BilectError
 from bilect.pipeline.directory import RunDir
@@ -25,7 +26,7 @@ from bilect.runtime.progress import Progress, SilentProgress
 
 __all__ = ["METHOD", "Chosen", "choose", "choosing_config"]
 
-METHOD = "bliss"
+METHOD: str = Config.model_fields["method"].default
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _CPU: dict[str, Any] = {
@@ -184,6 +185,8 @@ def choosing_config(
         values["models"] = {"proxy": os.fspath(model), "target": os.fspath(model)}
         values["warmup"]["proxy"]["steps"] = 0
         del values["data"]["vocab_size"]
+        if method == "excess":
+            values["methods"] = {"excess": {"learning_rate": TRAINED_RATE}}
     for key, value in (settings or {}).items():
         put(values, key, value, f"settings: {key}")
     return parse_config(values)
