@@ -113,7 +113,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Another seed, another run.")] = 0,
     yes: Yes = False,
 ) -> None:
-    """BLISS on real text, in minutes, on a CPU: selected against random data at equal tokens."""
+    """A choice from real text, in minutes, on a CPU: selected against random data at equal tokens."""
     from bilect.cli.screens import show_demo
 
     show_demo(out, seed, repeat=yes)

@@ -1,7 +1,7 @@
-"""The demo: BLISS on a few megabytes of real English, sized for two CPU cores and a few minutes.
+"""The demo: a choice from a few megabytes of real English, sized for two CPU cores and a few minutes.
 
 The pool mixes speeches, scripture, technical documentation and an almanac of countries; the target is the almanac's
-prose about *other* countries. Nobody tells the fit which document is which.
+prose about *other* countries. Nobody tells the method which document is which.
 """
 
 from pathlib import Path
@@ -35,14 +35,6 @@ def demo_config(data: Path, seed: int = 0) -> Config:
                 "share": 0.25,
                 "proxy": {**training, "steps": 150},
                 "target": {**training, "steps": 150, "decay_steps": 20},
-            },
-            "fit": {
-                "steps": 80,
-                "lower_batch_size": 16,
-                "upper_batch_size": 16,
-                "proxy_learning_rate": 5e-4,
-                "score_learning_rate": 1e-3,
-                "kl_coef": 0.1,
             },
             "selection": {"keep_ratio": 0.2},
             "training": {**training, "steps": 120, "decay_steps": 20},

@@ -10,7 +10,7 @@ import numpy as np
 from bilect.report.choice import LengthBin, Selection
 from bilect.report.scores import FloatArray, ScoreSummary
 from bilect.report.svg import COLOURS, Svg, drawing, label, new_figure, to_svg
-from bilect.report.wording import LONG_ARMS, power, signed
+from bilect.report.wording import LONG_ARMS, OWN, power, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ MAX_SHARES = 24
 
 def arms_figure(losses: Mapping[str, float], by_set: Mapping[str, float], main: str = "bliss") -> Svg:
     """Each arm's held-out loss as a bar from random's (or the highest); beside it main minus random on each set."""
-    subject = "bilect" if main == "bliss" else label(main, 22)
+    subject = "bilect" if main in OWN else label(main, 22)
     with drawing("arms"):
         rows = max(len(losses), min(len(by_set), MAX_SETS))
         figure = new_figure(0.95 + 0.34 * rows)

@@ -9,7 +9,7 @@ import numpy as np
 
 from bilect.report.heldout import DocumentLosses, document_losses
 from bilect.report.inputs import Json, RunFiles, mapping, number
-from bilect.report.wording import arm_name, decimal, signed, tokens_of, whole
+from bilect.report.wording import OWN, arm_name, decimal, signed, tokens_of, whole
 
 __all__ = ["Verdict", "of_run", "paired_interval", "sentence"]
 
@@ -30,7 +30,7 @@ def of_run(run: RunFiles) -> Verdict:
     """The verdict on a run, or what it chose if it trained nothing."""
     if run.only_chose:
         return Verdict("chosen", _chosen(run), ["Nothing was trained here: whether the choice helps is not known yet."])
-    subject = "bilect’s" if run.main == "bliss" else f"{arm_name(run.main)}’s"
+    subject = "bilect’s" if run.main in OWN else f"{arm_name(run.main)}’s"
     kind, said = sentence(run.losses, mapping(run.summary.get("tokens")), run.main, subject)
     return Verdict(kind, said, [] if kind == "unknown" else [_uncertainty(run)])
 

@@ -7,6 +7,7 @@ from bilect.report.inputs import Json, mapping, number
 DASH = "–"
 LONG_ARMS = {
     "warm": "warm start",
+    "excess": "bilect (excess)",
     "bliss": "bilect (BLISS)",
     "blade": "BLADE tokens",
     "rho1": "RHO-1",
@@ -14,6 +15,7 @@ LONG_ARMS = {
     "random": "random",
     "full": "full pool",
 }
+OWN = ("excess", "bliss")  # whose choice is called bilect's
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
