@@ -83,7 +83,7 @@ def test_more_rounds_share_tokens_and_warm_models() -> None:
 
 def test_another_target_keeps_what_knows_no_target() -> None:
     """Random, full, perplexity and random tokens, with their learning curves."""
-    informed = choice("dsir", "mates", "less", "bliss-penalty") | arm("rho1", "blade")
+    informed = choice("dsir", "mates", "less", "excess", "influence", "bliss-penalty") | arm("rho1", "blade")
     assert own("compare.yaml", "lambada") == BLISS | informed | {"tokenise upper"}
     assert own("compare.yaml", "dsir-mean") == choice("dsir")
 

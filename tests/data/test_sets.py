@@ -40,7 +40,11 @@ def context(folder: Path, size: int = 4, **data: Any) -> RunContext:
         "upper_data": [{"path": str(folder / "upper.jsonl"), "weight": 3.0}, {"path": str(folder / "more.jsonl")}],
         "heldout_data": [{"path": str(folder / "heldout.jsonl")}],
     }
-    settings = {"data": {**parts, "context": 32, "vocab_size": 300, **data}, "fit": {"lower_batch_size": size}}
+    settings = {
+        "data": {**parts, "context": 32, "vocab_size": 300, **data},
+        "method": "bliss",
+        "fit": {"lower_batch_size": size},
+    }
     return RunContext(folder / "run", parse_config(settings), SilentProgress())
 
 

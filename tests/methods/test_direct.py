@@ -107,6 +107,15 @@ def test_whole_texts_are_prompts_that_are_learned_too() -> None:
     assert make_batch(given, 0).n_predicted == 5 + 5 + 1 and whole_texts(make_batch(given, 0)).n_predicted == 8 + 5 + 3
 
 
+def test_a_small_upper_set_holds_out_enough_to_end_in_time(pool: Callable[[int], Inputs], tmp_path: Path) -> None:
+    inputs = one_set(pool(0), tmp_path)
+    assert len(inputs.upper[0][2]) == 16
+    method = methods.make("excess", {"steps": 10})
+    assert method.fit(inputs, Counted())["held_out_loss"] > 0
+    rows, held_out = method._split(inputs.upper[0][2])
+    assert len(held_out) == 4 and sorted([*rows, *held_out]) == list(range(16))
+
+
 def test_the_reference_is_the_best_on_what_it_does_not_learn(pool: Callable[[int], Inputs], tmp_path: Path) -> None:
     inputs = replace(pool(0), scratch=tmp_path)
     method = methods.make("excess", {"steps": 100, "learning_rate": 2e-2, "held_out": 0.25, "control": "pool"})

@@ -31,7 +31,7 @@ class Config(Settings):
     data: DataConfig = Field(description="text")
     models: ModelsConfig = Field(ModelsConfig(), description="proxy, target and score model")
     warmup: WarmupConfig = Field(WarmupConfig(), description="round 0")
-    fit: FitConfig = Field(FitConfig(), description="of the score model")
+    fit: FitConfig = Field(FitConfig(), description="of the score model of method bliss")
     selection: SelectionConfig = Field(SelectionConfig(), description="what is kept")
     training: TrainConfig = Field(TrainConfig(), description="of the target in each round")
     rounds: Positive = Field(1, description="R (paper: 4)")

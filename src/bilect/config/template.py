@@ -23,7 +23,7 @@ _TITLES = {
     "data": "The pool to choose from, the target set that says what good means, and what is reported on.",
     "models": "A preset (tiny-100k to tiny-3m, pythia-14m to pythia-1b), a directory, a Hub name, or an inline config.",
     "warmup": "Round 0: proxy and target train on random documents of the pool.",
-    "fit": "The bilevel fit of the score model.",
+    "fit": "The bilevel fit of the score model, for method: bliss.",
     "selection": "What is kept of a scored shard; another choice needs no new scores: bilect select RUN --help",
     "training": "Training of the target in each round.",
     "online": "Choice of tokens inside that training (BLADE), beside the choice of documents; method full: none.",

@@ -125,6 +125,8 @@ class Excess(DocumentMethod[ExcessConfig]):
         """Rows of an upper set that w learns, and those held out."""
         order = np.random.default_rng(self.inputs.derive("excess held out")).permutation(len(store))
         held_out = int(self.config.held_out * len(store))
+        if held_out and len(store) >= 2 * LEAST_HELD_OUT:  # of a small set more than its share, or w learns it by heart
+            held_out = max(held_out, LEAST_HELD_OUT)
         return np.sort(order[held_out:]), np.sort(order[:held_out])
 
     def _losses(self, model: PreTrainedModel, store: TokenStore, rows: np.ndarray) -> np.ndarray:
