@@ -1,0 +1,199 @@
+"""Reports of other tools that read training data, tried here: each test names the one it comes from."""
+
+import gzip
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from bilect.config import SourceConfig
+from bilect.data.documents import Document, check_fields, read_documents, read_input
+from bilect.data.sources import find, inputs
+from bilect.errors import BilectError, explain
+from bilect.models.loading import train_tokenizer
+from tests.corpus import write_jsonl
+
+LINES = b'{"text": "a b"}\n{"text": "c d"}\n'
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+def texts(path: Path, **more: Any) -> list[str]:
+    return [d.text for d in read_documents([SourceConfig(path=str(path), **more)])]
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(BilectError) as caught:
+        texts(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_a_byte_order_mark(tmp_path):
+    """huggingface/datasets #8241: load_dataset("json") infers a different schema when the file starts with a BOM."""
+    for name in ("a.jsonl", "a.json"):
+        assert texts(written(tmp_path / name, b"\xef\xbb\xbf" + LINES)) == ["a b", "c d"]
+    packed = written(tmp_path / "a.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + LINES))
+    assert texts(packed) == ["a b", "c d"]
+
+
+def test_signs_that_end_a_line_elsewhere(tmp_path):
+    """huggingface/tau #354: don't split session JSONL on Unicode line separators (wbolster/jsonlines #53 likewise)."""
+    odd = "a\u2028b\u2029c\x85d"
+    file = written(tmp_path / "a.jsonl", f'{{"text": "{odd}"}}\r\n{{"text": "e"}}\r\n'.encode())
+    assert texts(file) == [odd, "e"]
+
+
+def test_archives_of_several_parts(tmp_path):
+    """indygreg/python-zstandard #59: Files with multiple frames have frames skipped?"""
+    first, second = LINES.splitlines(keepends=True)
+    for suffix, pack in ((".gz", gzip.compress), (".zst", zstandard.compress)):
+        file = written(tmp_path / f"a.jsonl{suffix}", pack(first) + pack(b"") + pack(second))
+        assert texts(file) == ["a b", "c d"]
+
+
+def test_half_of_a_surrogate_pair_is_named(tmp_path):
+    """openai/tiktoken #82: Encoding french document ('utf-8' codec can't encode character '\\udbc0')."""
+    file = written(tmp_path / "a.jsonl", b'{"text": "a \\udbc0"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert refused(file).startswith(f"data: {file}, line 1: not UTF-8: \\udbc0 is half of a surrogate pair")
+    (source,) = inputs(SourceConfig(path=str(file)))
+    assert [d.text for d in read_input(source) if isinstance(d, Document)] == ["\U0001f600"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_pointer_in_the_place_of_a_file(tmp_path, name):
+    """InertExpert2911/Mutual_Fund_Data #1: Parquet file refers to Git LFS pointer."""
+    file = written(tmp_path / name, POINTER)
+    message = refused(file)
+    assert message.startswith(f"data: {file}") and "it is a Git LFS pointer" in message and "git lfs pull" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(gzip.compress(LINES), "packed with gzip; let its name end in .gz"),
+     (zstandard.compress(LINES), "packed with zstd; let its name end in .zst"),
+     (LINES.decode().encode("utf-16"), "it is UTF-16, not UTF-8")],
+    ids=["gzip", "zstd", "utf-16"],
+)  # fmt: skip
+def test_a_file_is_something_else_than_its_name_says(tmp_path, content, told):
+    """huggingface/datasets #6908: Fail to load "stas/c4-en-10k" (a gzip file without .gz: byte 0x8b in position 1)."""
+    for name in ("a.jsonl", "a.json", "a.txt"):
+        assert told in refused(written(tmp_path / name, content))
+
+
+def not_utf8(kind: pa.DataType) -> pa.Array:
+    """Two good texts and, between them, one in Latin-1, which Parquet does not check."""
+    raw = pa.array([b"good", b"caf\xe9", b"good too"], pa.large_binary() if kind == pa.large_string() else pa.binary())
+    return pa.Array.from_buffers(kind, 3, raw.buffers())
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary", "struct", "list"])
+def test_only_rows_that_are_not_utf8_are_left_out(tmp_path, kind):
+    """apache/arrow #29635: [C++] parquet with invalid utf8 does not error."""
+    column = not_utf8(pa.large_string() if kind == "large_string" else pa.string())
+    name, fields, shown = "text", {}, ["good", "good too"]
+    if kind == "dictionary":
+        column = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2], pa.int32()), column)
+    elif kind == "struct":
+        column, name, fields = pa.StructArray.from_arrays([column], ["t"]), "m", {"text": "m.t"}
+    elif kind == "list":
+        turn = pa.StructArray.from_arrays([pa.array(["assistant"] * 3), column], ["role", "content"])
+        column, name = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), turn), "messages"
+        shown = [f"Assistant: {text}" for text in shown]
+    pq.write_table(pa.table({name: column}), tmp_path / "a.parquet", row_group_size=3)
+    (source,) = inputs(SourceConfig(path=str(tmp_path / "a.parquet"), fields=fields))
+    check_fields(source)
+    first, bad, last = read_input(source)
+    assert [first.text, last.text] == shown and last.record == 3
+    assert (bad.record, bad.reason) == (2, "not UTF-8")
+
+
+@pytest.mark.parametrize(
+    "dates",
+    [pa.array([1 << 60, 1], pa.timestamp("us")), pa.array([-1_000_000, 1], pa.date32()),
+     pa.array([1, 2], pa.timestamp("us", "Mars/Olympus"))],
+    ids=["timestamp", "date", "zone"],
+)  # fmt: skip
+def test_dates_that_python_does_not_have(tmp_path, dates):
+    """apache/arrow #41266: How to work with dates outside of CPython bounds in pyarrow?"""
+    pq.write_table(pa.table({"body": ["a b", "c d"], "crawled": dates}), tmp_path / "a.parquet")
+    source = SourceConfig(path=str(tmp_path / "a.parquet"), fields={"text": "body"})
+    check_fields(*inputs(source))
+    assert [d.text for d in read_documents([source])] == ["a b", "c d"]
+    inside = pa.StructArray.from_arrays([pa.array(["a b", "c d"]), dates], ["body", "crawled"])
+    pq.write_table(pa.table({"page": inside}), tmp_path / "b.parquet")
+    (nested,) = inputs(SourceConfig(path=str(tmp_path / "b.parquet"), fields={"text": "page.body"}))
+    assert {d.reason for d in read_input(nested) if not isinstance(d, Document)} == {"cannot be read"}
+    named = source.model_copy(update={"fields": {"text": "body", "id": "crawled"}})  # as an id: their number
+    ids = [d.doc_id for d in read_documents([named])]
+    assert len(set(ids)) == 2 and ids[0] == str(dates.cast("int64" if dates.type != "date32" else "int32")[0])
+
+
+def test_ids_that_are_bytes(tmp_path):
+    """memsql/memsql-python #21: `_bytes_to_utf8` crashes with `BINARY` type columns (UUIDs as BINARY(16))."""
+    ids = [bytes(range(240, 256)), b"plain"]
+    pq.write_table(pa.table({"text": ["a b", "c d"], "id": pa.array(ids, pa.binary())}), tmp_path / "a.parquet")
+    documents = read_documents([SourceConfig(path=str(tmp_path / "a.parquet"))])
+    assert [d.doc_id for d in documents] == ["f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff", "plain"]
+
+
+def test_a_conversation_as_one_object_of_lists(tmp_path):
+    """huggingface/datasets #7137: dataset_info sequence format unexpected behavior (a list of objects read as one)."""
+    turns = [{"role": ["user", "assistant"], "content": ["Who?", "Me."]}]
+    pq.write_table(pa.table({"messages": turns}), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "b.jsonl", [{"conversations": {"from": ["human", "gpt"], "value": ["Who?", "Me."]}}])
+    assert texts(tmp_path / "a.parquet") == texts(tmp_path / "b.jsonl") == ["User: Who?\n\nAssistant: Me."]
+    write_jsonl(tmp_path / "c.jsonl", [{"messages": {"role": ["user"], "content": ["a", "b"]}}])  # no turns
+    assert "field 'messages': expected a list of objects with role and content" in refused(tmp_path / "c.jsonl")
+
+
+def test_two_colons_in_a_name(tmp_path):
+    """fsspec/filesystem_spec #1782: Use of '::' in file's name."""
+    file = written(tmp_path / "c++" / "std::sort.jsonl", LINES)
+    written(tmp_path / "c++" / "zip::std.jsonl.gz", gzip.compress(LINES))
+    pq.write_table(pa.table({"text": ["e f"]}), tmp_path / "c++" / "std::map.parquet")
+    assert texts(file) == ["a b", "c d"]
+    assert texts(tmp_path / "c++") == ["e f", "a b", "c d", "a b", "c d"]
+    assert texts(tmp_path / "c++" / "std::*.parquet") == ["e f"]
+
+
+def test_a_pipe_among_the_files(tmp_path):
+    """MemPalace/mempalace #2221: mine hangs forever on a named pipe in the mined directory."""
+    written(tmp_path / "a.jsonl", LINES)
+    os.mkfifo(tmp_path / "b.jsonl")
+    found = find(SourceConfig(path=str(tmp_path)))
+    assert [i.name for i in found.inputs] == ["a"]
+    assert found.not_read == [(str(tmp_path / "b.jsonl"), "a pipe or a device, no file")]
+    assert f"{tmp_path}/b.jsonl is a pipe or a device, no file; " in refused(tmp_path / "b.jsonl")
+
+
+def test_a_link_that_leads_nowhere(tmp_path):
+    """KatherLab/MediSwarm #481: dangling symlinks in the data dir are silently dropped."""
+    written(tmp_path / "a.jsonl", LINES)
+    (tmp_path / "notes").symlink_to("gone")  # nothing that would be read
+    (tmp_path / "self").symlink_to(".")  # and a circle
+    assert texts(tmp_path) == ["a b", "c d"]
+    (tmp_path / "b.jsonl").symlink_to("/mnt/gone.jsonl")
+    assert f"{tmp_path}/b.jsonl is a link to /mnt/gone.jsonl, which is not there" in refused(tmp_path)
+
+
+def test_a_name_in_another_encoding(tmp_path):
+    """GoogleCloudPlatform/gsutil #1625: gsutil doesn't gracefully handle non-UTF8 filenames."""
+    folder = os.fsencode(tmp_path)
+    with open(folder + b"/caf\xe9.jsonl", "wb") as file:
+        file.write(LINES)
+    assert refused(tmp_path) == f"data: the name of {tmp_path}/caf\\xe9.jsonl is not UTF-8; rename the file or folder"
+    tokenizer = train_tokenizer(["a b c"] * 5, 300)
+    with pytest.raises(UnicodeEncodeError) as caught:  # of an output, wherever a library meets it
+        tokenizer.save_pretrained(os.fsdecode(folder + b"/\xe9"))
+    assert explain(caught.value) == f"a name is not UTF-8 ({tmp_path}/\\xe9/tokenizer.json); rename the file or folder"
