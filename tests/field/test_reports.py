@@ -14,8 +14,10 @@ from bilect.config import SourceConfig
 from bilect.data.documents import Document, check_fields, read_documents, read_input
 from bilect.data.sources import find, inputs
 from bilect.errors import BilectError, explain
-from bilect.models.loading import train_tokenizer
-from tests.corpus import write_jsonl
+from bilect.integrations.exporters._kept import Kept
+from bilect.models.loading import load_causal_lm, load_tokenizer, read_config, train_tokenizer
+from bilect.runtime.terminal import PlainConsole
+from tests.corpus import TINY, write_jsonl
 
 LINES = b'{"text": "a b"}\n{"text": "c d"}\n'
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -197,3 +199,51 @@ def test_a_name_in_another_encoding(tmp_path):
     with pytest.raises(UnicodeEncodeError) as caught:  # of an output, wherever a library meets it
         tokenizer.save_pretrained(os.fsdecode(folder + b"/\xe9"))
     assert explain(caught.value) == f"a name is not UTF-8 ({tmp_path}/\\xe9/tokenizer.json); rename the file or folder"
+
+
+def test_a_pointer_in_the_place_of_weights_or_a_tokenizer(tmp_path):
+    """huggingface/transformers #27923: SafetensorError: Error while deserializing header: HeaderTooLarge."""
+    load_causal_lm(TINY, vocab_size=320).save_pretrained(tmp_path)
+    train_tokenizer(["a b c"] * 5, 300).save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).eos_token_id is not None
+    told = "is a Git LFS pointer that stands for the file; `git lfs pull` fetches the file itself"
+    for name, load in (("model.safetensors", load_causal_lm), ("tokenizer.json", load_tokenizer),
+                       ("config.json", read_config)):  # fmt: skip
+        file = tmp_path / name
+        whole = file.read_bytes()
+        file.write_bytes(POINTER)
+        specs = (str(tmp_path), str(file)) if load is load_tokenizer else (str(tmp_path),)
+        for spec in specs:
+            with pytest.raises(BilectError) as caught:
+                load(spec)
+            assert f": cannot load {spec!r}: {name} {told}" in str(caught.value)
+        file.write_bytes(whole)
+
+
+def test_a_terminal_of_no_columns(monkeypatch, capsys):
+    """lerna/lerna #9: Emacs shell reports columns to be 0 (rich prints nothing at all then)."""
+    for columns, width in (("0", 80), ("40", 40)):
+        monkeypatch.setenv("COLUMNS", columns)
+        console = PlainConsole()
+        assert console.width == width
+        console.print("60 of 293 documents kept")
+        assert capsys.readouterr().out == "60 of 293 documents kept\n"
+
+
+def test_nothing_is_spilt_in_the_working_directory(tmp_path, monkeypatch):
+    """duckdb/duckdb #19879: Failed to create directory ".tmp": Read-only file system."""
+    rows = {"doc_id": ["a", "b"], "source": ["s", "t"], "n_tokens": [3, 4], "score": [1.0, 0.5], "rank": [1, 2]}
+    pq.write_table(pa.table(rows), tmp_path / "kept.parquet")
+    kept, seen, select = Kept(tmp_path / "kept.parquet"), [], Kept._select
+
+    def seeing(self: Kept, db: Any, columns: list[str]) -> Any:
+        seen.extend(db.execute("SELECT current_setting('temp_directory')").fetchall()[0])
+        return select(self, db, columns)
+
+    monkeypatch.setattr(Kept, "_select", seeing)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "it's here"))
+    (tmp_path / "it's here").mkdir()
+    assert kept.by_source() == [("t", 1, 4), ("s", 1, 3)]
+    assert [b["doc_id"].to_pylist() for b in kept.batches(text=False)] == [["a", "b"]]
+    assert [Path(folder).parent for folder in seen] == [tmp_path / "it's here"] * 2
+    assert not list((tmp_path / "it's here").iterdir())

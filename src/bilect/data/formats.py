@@ -16,6 +16,7 @@ from typing import Any, Literal
 import zstandard
 
 from bilect.data.files import open_file
+from bilect.runtime.files import pointer
 
 __all__ = [
     "READ",
@@ -39,7 +40,6 @@ _PACKINGS = {"": None, ".gz": "gzip", ".zst": None, ".bz2": "bz2", ".xz": "xz"} 
 _BLOCK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
 _HEAD = 64
-_POINTER = b"version https://git-lfs.github.com/"
 _OTHERS = {  # what a plain file of JSON or text never begins with
     b"\x1f\x8b\x08": "it is packed with gzip; let its name end in .gz",
     b"\x28\xb5\x2f\xfd": "it is packed with zstd; let its name end in .zst",
@@ -171,8 +171,8 @@ def _range(url: str, begin: int, end: int) -> Iterator[bytes]:
 
 def _check_head(head: bytes, packed: bool = False) -> None:
     """What to do about a file whose first bytes are those of something else than its name says."""
-    if head.startswith(_POINTER):
-        raise ValueError("it is a Git LFS pointer that stands for the file; `git lfs pull` fetches the file itself")
+    if told := pointer(head):
+        raise ValueError(f"it is {told}")
     other = next((told for start, told in _OTHERS.items() if head.startswith(start)), None)
     if other and not packed:
         raise ValueError(other)
