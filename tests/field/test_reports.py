@@ -10,9 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+import bilect
 from bilect.config import SourceConfig
 from bilect.data.documents import Document, check_fields, read_documents, read_input
 from bilect.data.sources import find, inputs
+from bilect.data.store import TokenStore
+from bilect.data.tokens import write_tokens
 from bilect.errors import BilectError, explain
 from bilect.integrations.exporters._kept import Kept
 from bilect.models.loading import load_causal_lm, load_tokenizer, read_config, train_tokenizer
@@ -220,6 +223,27 @@ def test_a_pointer_in_the_place_of_weights_or_a_tokenizer(tmp_path):
         file.write_bytes(whole)
 
 
+def test_a_tokenizer_that_cuts_pads_and_adds_tokens_by_itself(tmp_path):
+    """huggingface/transformers #24179: Loading a tokenizer doesn't transfer over padding/truncation correctly.
+
+    ggml-org/llama.cpp #7107 (tokenization: no double BOS tokens) likewise. Each document starts with one start token.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = train_tokenizer(["one two three four five"] * 5, 300)
+    want = [0, *tokenizer("one two three four five").input_ids]
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(2)
+    backend.enable_padding(length=40, pad_token="<|endoftext|>")
+    end = "<|endoftext|>"
+    backend.post_processor = TemplateProcessing(single=f"{end} $A {end}", special_tokens=[(end, 0)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    document = Document("a", "s", "one two three four five")
+    assert write_tokens([document], loaded, tmp_path / "t.arrow", context=64) == 1
+    assert TokenStore(tmp_path / "t.arrow").row(0)[0].tolist() == want and len(want) > 5
+
+
 def test_a_terminal_of_no_columns(monkeypatch, capsys):
     """lerna/lerna #9: Emacs shell reports columns to be 0 (rich prints nothing at all then)."""
     for columns, width in (("0", 80), ("40", 40)):
@@ -247,3 +271,23 @@ def test_nothing_is_spilt_in_the_working_directory(tmp_path, monkeypatch):
     assert [b["doc_id"].to_pylist() for b in kept.batches(text=False)] == [["a", "b"]]
     assert [Path(folder).parent for folder in seen] == [tmp_path / "it's here"] * 2
     assert not list((tmp_path / "it's here").iterdir())
+
+
+def test_a_pool_of_such_files_from_one_end_to_the_other(tmp_path):
+    """What the reports above have in common: files of many hands in one folder, of which all that is good is chosen."""
+    pool, names = tmp_path / "pool", [f"{i:016x}" for i in range(40)]
+    pool.mkdir()
+    written(pool / "gone.txt", POINTER)
+    words = [f"{'sum root prime' if i % 4 == 0 else 'rain wind cloud'} {i}" for i in range(40)]
+    web = {"text": words, "id": pa.array([bytes.fromhex(n) + b"\xff" for n in names]),
+           "crawled": pa.array([1 << 60] * 40, pa.timestamp("us"))}  # fmt: skip
+    pq.write_table(pa.table(web), pool / "std::web.parquet")
+    pq.write_table(pa.table({"text": not_utf8(pa.large_string())}), pool / "bad.parquet")
+    write_jsonl(tmp_path / "target.jsonl", [{"text": f"sum prime root {i}"} for i in range(9)])
+    given = {"data.context": 32, "data.vocab_size": 300, "data.on_bad_record": "skip", "device": "cpu"}
+    kept = bilect.choose(pool, tmp_path / "target.jsonl", tmp_path / "out", top_k=12, method="dsir", settings=given)
+    assert (kept.documents, kept.pool_documents) == (12, 42)
+    table = pq.read_table(kept.records / "std::web.parquet")
+    assert table.schema.equals(pa.table(web).schema) and table.num_rows == 10
+    assert set(table["text"].to_pylist()) == {w for w in words if w.startswith("sum")}
+    assert pq.read_table(kept.records / "bad.parquet")["text"].to_pylist() == ["good", "good too"]
