@@ -83,17 +83,24 @@ def test_a_pointer_in_the_place_of_a_file(tmp_path, name):
     assert message.startswith(f"data: {file}") and "it is a Git LFS pointer" in message and "git lfs pull" in message
 
 
+def parquet() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["a b"]}), sink)
+    return sink.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [(gzip.compress(LINES), "packed with gzip; let its name end in .gz"),
      (zstandard.compress(LINES), "packed with zstd; let its name end in .zst"),
-     (LINES.decode().encode("utf-16"), "it is UTF-16, not UTF-8")],
-    ids=["gzip", "zstd", "utf-16"],
+     (LINES.decode().encode("utf-16"), "it is UTF-16, not UTF-8"), (parquet(), "it is Parquet; ")],
+    ids=["gzip", "zstd", "utf-16", "parquet"],
 )  # fmt: skip
 def test_a_file_is_something_else_than_its_name_says(tmp_path, content, told):
     """huggingface/datasets #6908: Fail to load "stas/c4-en-10k" (a gzip file without .gz: byte 0x8b in position 1)."""
     for name in ("a.jsonl", "a.json", "a.txt"):
         assert told in refused(written(tmp_path / name, content))
+    assert texts(written(tmp_path / "golf.txt", b"PAR1 was a short hole")) == ["PAR1 was a short hole"]
 
 
 def not_utf8(kind: pa.DataType) -> pa.Array:

@@ -45,7 +45,7 @@ _OTHERS = {  # what a plain file of JSON or text never begins with
     b"\x28\xb5\x2f\xfd": "it is packed with zstd; let its name end in .zst",
     b"\xfd7zXZ\0": "it is packed with xz; let its name end in .xz",
     b"PK\x03\x04": "it is a zip archive; unpack it",
-    b"PAR1": "it is Parquet; let its name end in .parquet",
+    b"PAR1\x15": "it is Parquet; let its name end in .parquet",
     codecs.BOM_UTF16_LE: "it is UTF-16, not UTF-8; iconv -f utf-16 -t utf-8 converts it",
     codecs.BOM_UTF16_BE: "it is UTF-16, not UTF-8; iconv -f utf-16 -t utf-8 converts it",
 }
