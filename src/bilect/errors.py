@@ -71,6 +71,10 @@ def explain(error: BaseException) -> str | None:
         if isinstance(link, OSError) and link.errno in _OF_A_PATH and link.filename is not None:
             where = str(link.filename)
             return _OF_A_PATH[link.errno].format(where if len(where) <= 300 else f"{where[:200]}...")
+        if isinstance(link, UnicodeEncodeError) and "\udc80" <= link.object[link.start] <= "\udcff":
+            # how Python spells a byte of a name that is in another encoding
+            shown = link.object.encode(errors="surrogateescape").decode(errors="backslashreplace")
+            return f"a name is not UTF-8 ({shown[:300]}); rename the file or folder"
         if any(sign in text for sign in _READ_ONLY_SIGNS):  # safetensors, DuckDB and Arrow have no number
             return f"the disk is read-only ({text})"
         if isinstance(link, FileNotFoundError) and "temporary directory" in text:

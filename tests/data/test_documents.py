@@ -297,7 +297,7 @@ def test_missing_paths_and_permissions(tmp_path, monkeypatch):
     monkeypatch.setattr("bilect.data.sources.file_hash", refuse)
     with pytest.raises(BilectError, match=r"cannot read .*a\.jsonl: Permission denied$"):
         identity(source)
-    monkeypatch.setattr("bilect.data.documents.fsspec.open", refuse)
+    monkeypatch.setattr("bilect.data.formats.open_file", refuse)
     with pytest.raises(BilectError, match=r"cannot read .*a\.jsonl: Permission denied$"):
         list(read_input(source))
 

@@ -31,12 +31,15 @@ def messages_of(turns: Any, system: Any = None) -> Messages:
     """Role and content of each turn.
 
     Args:
-        turns: objects with ``role`` and ``content``, or ``from`` and ``value``; a content may be a list of texts.
+        turns: objects with ``role`` and ``content``, or ``from`` and ``value``; a content may be a list of texts. Or
+            one object of lists, a list of all roles and one of all contents, as a ``Sequence`` of ``datasets`` is.
         system: what the record has beside its turns, put before them.
 
     Raises:
         NotChat: it is something else, or the assistant says nothing.
     """
+    if isinstance(turns, dict) and len({len(v) if isinstance(v, list) else -1 for v in turns.values()}) == 1:
+        turns = [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise NotChat("expected a list of objects with role and content, or from and value")
     found = []

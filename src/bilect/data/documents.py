@@ -12,13 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import zstandard
 
 from bilect.config import SourceConfig
 from bilect.data.document import Document, Problem, hash64
 from bilect.data.fields import Fields
-from bilect.data.formats import format_of, parquet_batches, parquet_groups, raw_records, whole
+from bilect.data.formats import format_of, parquet_batches, parquet_columns, parquet_groups, raw_records, whole
 from bilect.data.slices import ALL, Slice
 from bilect.data.sources import Input, inputs, open_dataset
 from bilect.errors import BilectError, reason
@@ -184,7 +183,7 @@ def _files(source: Input, fields: Fields, part: Slice, every: bool) -> _Records:
     form = format_of(url)
     assert form is not None
     if form.kind == "parquet":
-        return _parquet(url, fields, part, every)
+        return _parquet(url, None if every else fields.columns(parquet_columns(url)), part)
     lines = raw_records(url, form, part.begin, part.end)
     return (parsed(line, number) for number, line in enumerate(lines, start=part.first))
 
@@ -204,25 +203,44 @@ def _texts(source: Input, part: Slice) -> _Records:
             yield Problem(number, DAMAGED, f"cannot read it: {reason(error)}")
 
 
-def _parquet(url: str, fields: Fields, part: Slice, every: bool) -> _Records:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with fsspec.open(url, "rb") as file:
-        columns = None if every else fields.columns(pq.ParquetFile(file).schema_arrow.names)
+def _parquet(url: str, columns: Sequence[str] | None, part: Slice) -> _Records:
+    number = part.first
     for group, (rows, _) in enumerate(parquet_groups(url)[part.begin : part.end], start=part.begin):
+        end = number + rows
         try:
             for batch in parquet_batches(url, group, columns):
-                rows -= len(batch)
-                try:
-                    yield from batch.to_pylist()
-                except UnicodeDecodeError:  # read as bytes, so that only the records that are not UTF-8 are left out
-                    binary = [c.cast(pa.large_binary()) if pa.types.is_string(c.type) else c for c in batch.columns]
-                    yield from pa.RecordBatch.from_arrays(binary, names=batch.schema.names).to_pylist()
+                yield from _rows(batch, number)
+                number += len(batch)
         except (ValueError, OSError) as error:
             if not _is_damage(error):
                 raise
-            yield _Gap(rows, reason(error))
+            yield _Gap(end - number, reason(error))
+            number = end
+
+
+def _rows(batch: Any, number: int) -> list[dict[str, Any] | Problem]:
+    """The rows of a batch as Python's values; where Python has none for some, those of the other rows.
+
+    Dates may lie outside of Python's calendar, or in a time zone that this machine does not know: no text, no error.
+    """
+    import pyarrow as pa
+
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError, KeyError):
+        pass
+    columns = [c.cast(pa.int64()) if pa.types.is_timestamp(c.type) else c.cast(pa.int32()) if pa.types.is_date32(c.type)
+               else c for c in batch.columns]  # fmt: skip
+    found: list[dict[str, Any] | Problem] = []
+    for row in range(len(batch)):
+        try:
+            values = [column[row].as_py() for column in columns]
+            found.append(dict(zip(batch.schema.names, values, strict=True)))
+        except UnicodeDecodeError:
+            found.append(Problem(number + row, "not UTF-8", "not UTF-8"))
+        except (ValueError, OverflowError, KeyError) as error:  # a date within an object
+            found.append(Problem(number + row, DAMAGED, f"cannot read a value: {reason(error)}"))
+    return found
 
 
 def _is_damage(error: Exception) -> bool:

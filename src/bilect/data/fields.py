@@ -96,7 +96,10 @@ class Fields:
             source = _name(value_at(record, self.source) or label)
             doc_id = f"{hash64(text):016x}" if given is None else _name(given)
             (doc_id + source).encode()
-        except UnicodeError:  # bytes of another encoding, or half of a surrogate pair
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            return Problem(number, "not UTF-8", f"not UTF-8: {half} is half of a surrogate pair and no character")
+        except UnicodeDecodeError:  # bytes of another encoding
             return Problem(number, "not UTF-8", "not UTF-8")
         return Document(doc_id, source, text, prompt, number, messages, learned)
 
@@ -200,4 +203,10 @@ def _chat(turns: Any, name: str, record: Mapping[str, Any]) -> "Messages | _Unus
 
 
 def _name(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    """Text as it is; other bytes, such as those of a UUID, in hexadecimal digits."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.hex()

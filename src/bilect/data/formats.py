@@ -8,12 +8,15 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
 
-import fsspec
 import zstandard
+
+from bilect.data.files import open_file
+from bilect.runtime.files import pointer
 
 __all__ = [
     "READ",
@@ -22,6 +25,7 @@ __all__ = [
     "format_of",
     "layout",
     "parquet_batches",
+    "parquet_columns",
     "parquet_groups",
     "raw_records",
     "whole",
@@ -35,6 +39,16 @@ _KINDS: dict[str, Kind] = {".jsonl": "lines", ".ndjson": "lines", ".json": "json
 _PACKINGS = {"": None, ".gz": "gzip", ".zst": None, ".bz2": "bz2", ".xz": "xz"}  # what fsspec calls them
 _BLOCK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
+_HEAD = 64
+_OTHERS = {  # what a plain file of JSON or text never begins with
+    b"\x1f\x8b\x08": "it is packed with gzip; let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "it is packed with zstd; let its name end in .zst",
+    b"\xfd7zXZ\0": "it is packed with xz; let its name end in .xz",
+    b"PK\x03\x04": "it is a zip archive; unpack it",
+    b"PAR1\x15": "it is Parquet; let its name end in .parquet",
+    codecs.BOM_UTF16_LE: "it is UTF-16, not UTF-8; iconv -f utf-16 -t utf-8 converts it",
+    codecs.BOM_UTF16_BE: "it is UTF-16, not UTF-8; iconv -f utf-16 -t utf-8 converts it",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,8 @@ def raw_records(url: str, form: Format, begin: int = 0, end: int | None = None) 
         end: byte after the end of a line of it; None is the end of any file.
 
     Raises:
-        Exception: whatever the library of the format raises where the file cannot be read to its end.
+        Exception: whatever the library of the format raises where the file cannot be read to its end; its first bytes
+            are those of something else.
     """
     if end is not None:
         return _lines(_range(url, begin, end))
@@ -94,34 +109,73 @@ def whole(url: str, form: Format) -> bytes:
 
 def parquet_batches(url: str, group: int, columns: Sequence[str] | None = None, size: int = 1000) -> Iterator[Any]:
     """Record batches of a row group of a Parquet file."""
-    import pyarrow.parquet as pq
+    with _parquet(url) as file:
+        yield from file.iter_batches(batch_size=size, row_groups=[group], columns=columns)
 
-    with fsspec.open(url, "rb") as file:
-        yield from pq.ParquetFile(file).iter_batches(batch_size=size, row_groups=[group], columns=columns)
+
+def parquet_columns(url: str) -> list[str]:
+    """Names of the columns of a Parquet file."""
+    with _parquet(url) as file:
+        return list(file.schema_arrow.names)
 
 
 def parquet_groups(url: str) -> list[tuple[int, int]]:
     """Rows, and bytes when unpacked, of each row group of a Parquet file."""
-    import pyarrow.parquet as pq
-
-    with fsspec.open(url, "rb") as file:
-        metadata = pq.ParquetFile(file).metadata
+    with _parquet(url) as file:
+        metadata = file.metadata
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
+@contextmanager
+def _parquet(url: str) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    with open_file(url) as file:
+        try:
+            opened = pq.ParquetFile(file)
+        except ValueError:
+            file.seek(0)
+            _check_head(file.read(_HEAD), packed=True)
+            raise
+        yield opened
+
+
 def _blocks(url: str, form: Format) -> Iterator[bytes]:
-    with fsspec.open(url, "rb", compression=_PACKINGS[form.packing]) as file:
-        blocks = iter(lambda: file.read(_BLOCK), b"")
-        yield from _unpacked(blocks) if form.packing == ".zst" else blocks
+    begun = False
+    try:
+        with open_file(url, _PACKINGS[form.packing]) as file:
+            blocks = iter(lambda: file.read(_BLOCK), b"")
+            for block in _unpacked(blocks) if form.packing == ".zst" else blocks:
+                if not (begun or form.packing):
+                    _check_head(block)
+                begun = True
+                yield block
+    except Exception:
+        if form.packing and not begun:
+            with open_file(url) as file:
+                _check_head(file.read(_HEAD), packed=True)
+        raise
 
 
 def _range(url: str, begin: int, end: int) -> Iterator[bytes]:
-    with fsspec.open(url, "rb") as file:
+    with open_file(url) as file:
         file.seek(begin)
-        while begin < end and (block := file.read(min(_BLOCK, end - begin))):
-            begin += len(block)
+        at = begin
+        while at < end and (block := file.read(min(_BLOCK, end - at))):
+            if not at:
+                _check_head(block)
+            at += len(block)
             yield block
+
+
+def _check_head(head: bytes, packed: bool = False) -> None:
+    """What to do about a file whose first bytes are those of something else than its name says."""
+    if told := pointer(head):
+        raise ValueError(f"it is {told}")
+    other = next((told for start, told in _OTHERS.items() if head.startswith(start)), None)
+    if other and not packed:
+        raise ValueError(other)
 
 
 def _unpacked(blocks: Iterable[bytes]) -> Iterator[bytes]:

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import fsspec
-
+from bilect.data.files import open_file
 from bilect.data.formats import format_of, layout, parquet_groups
 from bilect.data.sources import Input
 
@@ -68,7 +67,7 @@ def _row_groups(groups: Sequence[tuple[int, int]]) -> list[Slice]:
 def _lines(url: str) -> Iterator[Slice]:
     """Cut at an end of a line after each ``BYTES`` or so."""
     first, begin, at, lines, cut, before = 1, 0, 0, 0, 0, 0  # lines seen; the newest end of a line, and lines before it
-    with fsspec.open(url, "rb") as file:
+    with open_file(url) as file:
         while block := file.read(_BLOCK):
             newest = block.rfind(b"\n") + 1
             if newest:

@@ -16,10 +16,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from bilect.config import SourceConfig
 from bilect.data.cache import file_hash
+from bilect.data.files import filesystem
 from bilect.data.formats import READ, format_of
 from bilect.errors import BilectError, reason
 from bilect.runtime.files import content_hash
@@ -221,10 +222,9 @@ def open_dataset(source: SourceConfig) -> Any:
 
 def _filesystem(path: str) -> tuple[Any, str]:
     try:
-        fs, inner = fsspec.core.url_to_fs(path)
+        return filesystem(path)
     except (ImportError, ValueError, OSError) as error:  # a protocol that is unknown, or whose package is missing
         raise BilectError(f"data: cannot open {path}: {reason(error)}") from error
-    return fs, str(inner)
 
 
 def _find(fs: Any, path: str, given: str) -> tuple[str | None, list[str], list[tuple[str, str]]]:
@@ -236,6 +236,8 @@ def _find(fs: Any, path: str, given: str) -> tuple[str | None, list[str], list[t
             config = path.endswith((".yaml", ".yml"))
             hint = "; a config is what `bilect run` takes" if config else "; convert it to one of them"
             raise BilectError(f"data: {given} is none of {READ}{hint}")
+        if _is_pipe(fs, path):
+            raise BilectError(f"data: {given} is {_PIPE}; inputs are read more than once: write it to a file first")
         return None, [path], []
     elif any(c in path for c in "*?["):
         base, pattern = _plain_start(fs, path)
@@ -249,12 +251,35 @@ def _find(fs: Any, path: str, given: str) -> tuple[str | None, list[str], list[t
         hidden = _hidden(file.removeprefix(base).lstrip("/"), pattern)
         if hidden or format_of(file) is None:
             not_read.append((file, "hidden or temporary" if hidden else "of another kind"))
+        elif _is_pipe(fs, file):
+            not_read.append((file, _PIPE))
         else:
             read.append(file)
     if not read:
         others = f"; not read: {', '.join(f.rsplit('/', 1)[-1] for f, _ in not_read[:3])}" if not_read else ""
         raise BilectError(f"data: no {READ} files in {given}{others}")
     return base, read, not_read
+
+
+_PIPE = "a pipe or a device, no file"
+
+
+def _is_pipe(fs: Any, path: str) -> bool:
+    """Whether reading would wait for somebody to write.
+
+    Raises:
+        BilectError: the name cannot be written down, or is that of a link that leads nowhere.
+    """
+    if not isinstance(fs, LocalFileSystem):
+        return False
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise BilectError(f"data: the name of {shown} is not UTF-8; rename the file or folder") from error
+    if os.path.islink(path) and not os.path.exists(path):
+        raise BilectError(f"data: {path} is a link to {os.readlink(path)}, which is not there; remove it or mend it")
+    return not os.path.isfile(path)
 
 
 def _plain_start(fs: Any, path: str) -> tuple[str, str]:

@@ -3,13 +3,26 @@
 (Otherwise ``source=c4/`` in a path would be a column of every row, and an id that looks like a date would be one.)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-__all__ = ["KEPT", "kept_file", "kept_table", "parquet_table", "quoted"]
+__all__ = ["KEPT", "database", "kept_file", "kept_table", "parquet_table", "quoted"]
 
 KEPT = {"doc_id": "VARCHAR", "source": "VARCHAR", "n_tokens": "INTEGER", "score": "FLOAT", "rank": "BIGINT"}
 _LONGEST = 1 << 30  # bytes of one record
+
+
+@contextmanager
+def database() -> Iterator[Any]:
+    """A DuckDB in memory that spills to a scratch folder of its own, not to the working directory, as it would."""
+    import duckdb
+
+    with TemporaryDirectory(prefix="bilect-") as scratch, duckdb.connect() as db:
+        db.execute(f"SET temp_directory = {quoted(scratch)}")
+        yield db
 
 
 def quoted(text: object) -> str:

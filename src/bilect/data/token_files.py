@@ -32,7 +32,7 @@ from bilect.runtime.files import content_hash, draft_of, write_json
 
 __all__ = ["TokenFile", "TokenFiles", "link"]
 
-_FORMAT = 3  # of the entries; another one makes all of them anew
+_FORMAT = 4  # of the entries; another one makes all of them anew
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from bilect.errors import BilectError, reason
 from bilect.models.own_memory import own_memory
 from bilect.models.presets import PRESETS, preset_config
 from bilect.models.score_model import ScoreModel
+from bilect.runtime.files import pointer
 
 __all__ = [
     "END_OF_TEXT",
@@ -97,7 +98,7 @@ def read_config(
         with _quiet():
             return AutoConfig.from_pretrained(place, trust_remote_code=False, **file)
     except Exception as error:  # a broken file makes transformers raise anything
-        raise BilectError(f"{what}: cannot load {spec!r}: {reason(error)} ({_WANTED})") from error
+        raise BilectError(f"{what}: cannot load {spec!r}: {_why(place, error)} ({_WANTED})") from error
 
 
 def _unquantised(model: PreTrainedModel) -> PreTrainedModel:
@@ -149,7 +150,7 @@ def _from_pretrained(cls: Any, what: str, spec: str, place: str, wanted: str, **
                 **settings,
             )
     except Exception as error:  # a broken checkpoint makes transformers raise anything
-        raise BilectError(f"{what}: cannot load {spec!r}: {reason(error)} ({wanted})") from error
+        raise BilectError(f"{what}: cannot load {spec!r}: {_why(place, error)} ({wanted})") from error
     misfits = sorted(str(key[0]) for key in report["mismatched_keys"])
     missing = sorted(report["missing_keys"])
     for keys, problem in ((misfits, "of another size than config.json says"), (missing, "missing")):
@@ -157,6 +158,17 @@ def _from_pretrained(cls: Any, what: str, spec: str, place: str, wanted: str, **
             others = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise BilectError(f"{what}: cannot load {spec!r}: weights {problem}: {keys[0]}{others} ({wanted})")
     return own_memory(model)
+
+
+def _why(place: str, error: BaseException) -> str:
+    """Why a model or a tokenizer cannot be loaded: a file that Git LFS has not fetched, or what its error says."""
+    path = Path(place).expanduser()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as content:
+                if told := pointer(content.read(64)):
+                    return f"{file.name} is {told}"
+    return reason(error)
 
 
 @contextmanager
@@ -213,7 +225,7 @@ def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     except BilectError:
         raise
     except Exception as error:  # a broken file makes tokenizers raise a plain Exception
-        raise BilectError(f"tokenizer: cannot load {spec!r}: {reason(error)}") from error
+        raise BilectError(f"tokenizer: cannot load {spec!r}: {_why(spec, error)}") from error
     if tokenizer.eos_token is None and END_OF_TEXT in tokenizer.get_vocab():
         tokenizer.eos_token = END_OF_TEXT
     return tokenizer

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 import zstandard
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bilect.bilevel.cost import fit_flops, selecting_flops
 from bilect.config import Config, FitConfig, SourceConfig, TrainConfig
 from bilect.data.documents import Document, bad_record, read_input
+from bilect.data.files import filesystem, open_file
 from bilect.data.sources import Input, inputs
 from bilect.errors import BilectError
 from bilect.methods import methods_of
@@ -159,7 +159,7 @@ class _Tokeniser:
         if name.lower().endswith(".parquet"):
             import pyarrow.parquet as pq
 
-            with fsspec.open(name, "rb") as handle:
+            with open_file(name) as handle:
                 scale = pq.ParquetFile(handle).metadata.num_rows / len(taken)
         elif name:
             packed = {".gz": lambda: gzip.compress(raw, 6), ".zst": lambda: zstandard.compress(raw),
@@ -309,5 +309,5 @@ class _Costs:
 
 
 def _size(part: Input) -> int:
-    sizes = [fs.size(path) for fs, path in map(fsspec.core.url_to_fs, part.files)]
+    sizes = [fs.size(path) for fs, path in map(filesystem, part.files)]
     return sum(int(size or 0) for size in sizes)

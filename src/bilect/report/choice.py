@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from bilect.data.tables import kept_file, kept_table, parquet_table, quoted
+from bilect.data.tables import database, kept_file, kept_table, parquet_table
 
 __all__ = ["Selection", "SourceCount", "opened", "read_selection", "view_of"]
 
@@ -60,11 +59,8 @@ class Selection:
 
 @contextmanager
 def opened() -> Iterator[Any]:
-    """A DuckDB in memory that spills to a scratch folder of its own and neither loads nor fetches extensions."""
-    import duckdb
-
-    with TemporaryDirectory(prefix="bilect-report-") as scratch, duckdb.connect() as db:
-        db.execute(f"SET temp_directory = {quoted(scratch)}")
+    """A ``database`` that neither loads nor fetches extensions."""
+    with database() as db:
         db.execute("SET autoinstall_known_extensions = false")
         db.execute("SET preserve_insertion_order = false")
         yield db

@@ -11,7 +11,14 @@ from typing import Any
 
 from bilect.errors import BilectError, reason
 
-__all__ = ["content_hash", "draft_of", "flush", "make_folder", "write_json", "write_text"]
+__all__ = ["content_hash", "draft_of", "flush", "make_folder", "pointer", "write_json", "write_text"]
+
+
+def pointer(head: bytes) -> str | None:
+    """What to say of a file with these first bytes if Git LFS has not fetched it; None if it is a file of its own."""
+    if not head.startswith(b"version https://git-lfs.github.com/"):
+        return None
+    return "a Git LFS pointer that stands for the file; `git lfs pull` fetches the file itself"
 
 
 def make_folder(path: Path) -> None:

@@ -52,7 +52,10 @@ class PlainConsole(Console):
     """A console that prints strings, cells and titles of tables among them, as they are; ``Text`` carries styles."""
 
     def __init__(self, *, stderr: bool = False, soft_wrap: bool = True) -> None:
-        super().__init__(stderr=stderr, soft_wrap=soft_wrap, quiet=_silent, highlight=False, markup=False, emoji=False)
+        columns = os.environ.get("COLUMNS", "")
+        unknown = columns.isdigit() and not int(columns)  # a terminal without a size; nothing is seen in no columns
+        super().__init__(stderr=stderr, soft_wrap=soft_wrap, quiet=_silent, highlight=False, markup=False, emoji=False,
+                         width=80 if unknown else None)  # fmt: skip
 
     def render_str(self, text: str, **options: Any) -> Text:
         """A string as rich sees it; every string that is printed passes here."""

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +25,7 @@ import zstandard
 
 from bilect.data.documents import parsed
 from bilect.data.fields import Fields, with_value_at
+from bilect.data.files import open_file
 from bilect.data.formats import Format, format_of, layout, parquet_batches, parquet_groups, raw_records
 from bilect.data.sources import Input, open_dataset, places
 from bilect.data.store import Part
@@ -236,7 +236,7 @@ def _tables(source: Input) -> Iterator[pa.RecordBatch]:
 
 
 def _codec(url: str) -> str:
-    with fsspec.open(url, "rb") as file:
+    with open_file(url) as file:
         metadata = pq.ParquetFile(file).metadata
         if not metadata.num_row_groups or not metadata.num_columns:
             return "zstd"
@@ -251,7 +251,7 @@ def _copy_files(source: Input, wanted: _Wanted, out: Path) -> int:
             target = out / name if source.is_folder else out
             target.parent.mkdir(parents=True, exist_ok=True)
             if piece is None:
-                with fsspec.open(url, "rb") as old, target.open("wb") as new:
+                with open_file(url) as old, target.open("wb") as new:
                     shutil.copyfileobj(old, new)
             else:
                 stem, dot, end = target.name.partition(".")

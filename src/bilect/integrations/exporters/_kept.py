@@ -7,13 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bilect.data.store import TokenStore
-from bilect.data.tables import KEPT, kept_table
+from bilect.data.tables import KEPT, database, kept_table
 from bilect.errors import BilectError
 
 __all__ = ["Kept"]
@@ -43,7 +42,7 @@ class Kept:
         if text and not self._has_text:
             raise BilectError(f"export: {self.file} holds no text; select from a run, or from what "
                               "`bilect score --data` wrote")  # fmt: skip
-        with duckdb.connect() as db:
+        with database() as db:
             yield from self._select(db, [*KEPT, *["text"] * text]).to_arrow_reader(BATCH)
 
     def tokens(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -70,7 +69,7 @@ class Kept:
 
     def by_source(self) -> list[tuple[str, int, int]]:
         """Source, documents and tokens, the most tokens first."""
-        with duckdb.connect() as db:
+        with database() as db:
             self._select(db, list(KEPT)).create_view("kept")
             return db.execute(
                 "SELECT source, count(*), sum(n_tokens)::BIGINT AS n FROM kept GROUP BY 1 ORDER BY n DESC, source"
@@ -93,7 +92,7 @@ class Kept:
                 yield pa.record_batch([store.take("doc_id", part), pa.array(part)], schema=schema)
 
         schema = pa.schema([("doc_id", pa.string()), ("row", pa.int64())])
-        with duckdb.connect() as db:
+        with database() as db:
             db.register("rows", pa.RecordBatchReader.from_batches(schema, ids()))
             self._select(db, ["doc_id", "rank"]).create_view("kept")
             found = db.sql(
@@ -105,6 +104,6 @@ class Kept:
                               "files; name the folder of those that were scored")  # fmt: skip
         return found["row"].to_numpy()
 
-    def _select(self, db: duckdb.DuckDBPyConnection, columns: list[str]) -> Any:
+    def _select(self, db: Any, columns: list[str]) -> Any:
         """In the order of the file, which is that of rank; no type is guessed, and no column read off a folder."""
         return db.sql(f"SELECT {', '.join(columns)} FROM {kept_table(self.file, {'text': 'VARCHAR'})}")
