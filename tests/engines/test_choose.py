@@ -10,7 +10,6 @@ import pytest
 
 import bilect
 from bilect.data import slices
-from bilect.errors import BilectError
 from bilect.methods import dsir
 from bilect.selection import near_duplicates, scoring
 from tests.corpus import write_corpus
@@ -89,9 +88,3 @@ def test_two_workers_that_are_killed_choose_what_one_process_does(corpus, monkey
     times = {file: file.stat().st_mtime_ns for file in several.scores.iterdir()}
     choose(corpus, "several", monkeypatch)  # where work runs is no part of what it depends on
     assert {file: file.stat().st_mtime_ns for file in several.scores.iterdir()} == times
-
-
-def test_an_unknown_engine_is_one_line_and_leaves_nothing(corpus, monkeypatch):
-    with pytest.raises(BilectError, match=r"^engine: there is no engine 'nowhere'; known are: local"):
-        choose(corpus, "none", monkeypatch, engine="nowhere")
-    assert not (corpus / "none").exists()

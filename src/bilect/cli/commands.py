@@ -63,7 +63,6 @@ Yes = Annotated[
     bool, typer.Option("--yes", help="Repeat stages of a finished run whose settings or inputs have changed.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes for tokenising, scoring and records; default 1.")]
-EngineName = Annotated[str | None, typer.Option("--engine", help="Where they run: local or ray (bilect[ray]).")]
 
 
 def _share(text: str) -> float:
@@ -162,7 +161,6 @@ def choose(
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     overrides: Overrides = None,
     workers: Workers = None,
-    engine: EngineName = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> Result:
@@ -171,7 +169,7 @@ def choose(
     from bilect.pipeline.reuse import selection_settings
 
     amount = selection_settings(keep_ratio=keep, budget_tokens=tokens, top_k=top_k)
-    settings = _where(overrides, workers, engine)
+    settings = _with(overrides, workers)
     return choose_with_progress(pool, target, out, amount, method, model, seed, settings, dry_run, yes)
 
 
@@ -182,12 +180,11 @@ def run(
     out: Out = None,
     overrides: Overrides = None,
     workers: Workers = None,
-    engine: EngineName = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> Result:
     """Carry out a run, or what is left of it."""
-    return _carry_out("run", config, out, _where(overrides, workers, engine), None, dry_run, yes)
+    return _carry_out("run", config, out, _with(overrides, workers), None, dry_run, yes)
 
 
 @app.command()
@@ -197,12 +194,11 @@ def warmup(
     out: Out = None,
     overrides: Overrides = None,
     workers: Workers = None,
-    engine: EngineName = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> Result:
     """Tokenise, and train proxy and target on random documents."""
-    return _carry_out("warmup", config, out, _where(overrides, workers, engine), None, dry_run, yes)
+    return _carry_out("warmup", config, out, _with(overrides, workers), None, dry_run, yes)
 
 
 @app.command()
@@ -213,12 +209,11 @@ def fit(
     number: Round = None,
     overrides: Overrides = None,
     workers: Workers = None,
-    engine: EngineName = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> Result:
     """Fit the score model of a round (and what it needs)."""
-    return _carry_out("fit", config, out, _where(overrides, workers, engine), number, dry_run, yes)
+    return _carry_out("fit", config, out, _with(overrides, workers), number, dry_run, yes)
 
 
 @app.command()
@@ -247,7 +242,6 @@ def score(
     number: Round = None,
     overrides: Overrides = None,
     workers: Workers = None,
-    engine: EngineName = None,
     dry_run: DryRun = False,
     yes: Yes = False,
     data: Annotated[
@@ -262,8 +256,8 @@ def score(
     if data:
         from bilect.cli.screens import score_with_progress
 
-        return score_with_progress(config, data, _needed(out, "score --data"), field or [], yes, workers, engine)
-    return _carry_out("score", config, out, _where(overrides, workers, engine), number, dry_run, yes)
+        return score_with_progress(config, data, _needed(out, "score --data"), field or [], yes, workers)
+    return _carry_out("score", config, out, _with(overrides, workers), number, dry_run, yes)
 
 
 @app.command()
@@ -292,7 +286,6 @@ def select(
     number: Annotated[int | None, typer.Option("--round", help="Scores of which round; default: the last.")] = None,
     overrides: Overrides = None,
     workers: Workers = None,
-    engine: EngineName = None,
     yes: Yes = False,
 ) -> Result:
     """Keep another share, budget or mix from scores that are there: no new scoring."""
@@ -311,9 +304,9 @@ def select(
         output=None if output is None else output.value,
     )
     if source.is_dir():
-        return select_with_progress(source, out, settings, number, seed, yes, workers, engine or "local")
+        return select_with_progress(source, out, settings, number, seed, yes, workers)
     pairs = [f"selection={settings}"] if settings else []
-    return _carry_out("select", source, out, [*pairs, *_where(overrides, workers, engine)], number, False, yes)
+    return _carry_out("select", source, out, [*pairs, *_with(overrides, workers)], number, False, yes)
 
 
 @app.command()
@@ -480,10 +473,9 @@ def _read(file: Path) -> Result:
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _where(overrides: list[str] | None, workers: int | None, engine: str | None) -> list[str]:
-    """Options of where work runs, among the settings."""
-    options = {"workers": workers, "engine": engine}
-    return [*(f"{name}={value}" for name, value in options.items() if value is not None), *(overrides or [])]
+def _with(overrides: list[str] | None, workers: int | None) -> list[str]:
+    """The settings, ``--workers`` among them."""
+    return [*([] if workers is None else [f"workers={workers}"]), *(overrides or [])]
 
 
 def _needed(out: Path | None, command: str) -> Path:

@@ -56,9 +56,8 @@ class Config(Settings):
     checkpoint_every: Positive = Field(500, description="steps of the fit and of training between two checkpoints")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
     workers: Positive | None = Field(
-        None, description="processes that share tokenising, scoring, records; None: this one, or with ray every core"
+        None, description="processes that share tokenising, scoring, records; None: this one"
     )
-    engine: str = Field("local", description="where they run: local (this machine) or ray (needs bilect[ray])")
 
     @model_validator(mode="after")
     def _weights(self) -> "Config":

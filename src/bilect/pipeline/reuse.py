@@ -61,7 +61,6 @@ def select_again(
     number: int | None = None,
     seed: int = 0,
     repeat: bool = False,
-    engine: str = "local",
     workers: int | None = None,
 ) -> tuple[Selected, Path]:
     """Another selection from scores that are there; no model is needed.
@@ -74,8 +73,7 @@ def select_again(
         number: the round whose scores are used; default: the last that has any.
         seed: of Gumbel noise.
         repeat: replace another selection that lies in ``out``.
-        engine: where near-duplicates are hashed and records written.
-        workers: processes.
+        workers: processes that hash near-duplicates and write records.
 
     Returns:
         What was kept, and the folder: ``kept.parquet`` or ``kept.jsonl.zst`` (with text, where the token files are
@@ -96,7 +94,7 @@ def select_again(
     made_of = {"scores": str(scores.resolve()), "seed": seed, "selection": plain(config.model_dump())}
     if not repeat:
         _check_selection(folder, made_of)
-    with open_engine(engine, workers) as opened:
+    with open_engine(workers=workers) as opened:
         clusters = None
         if config.max_per_cluster is not None and tokens is not None:
             clusters = find_clusters(tokens, config.cluster_similarity, progress or SilentProgress(), opened)
@@ -119,7 +117,6 @@ def score_files(
     *,
     fields: Mapping[str, str] | None = None,
     repeat: bool = False,
-    engine: str | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Score other files by what a run has fitted; started again, it goes on at the first missing block.
@@ -131,7 +128,6 @@ def score_files(
         progress: what the reader sees; nothing by default.
         fields: names of the fields where they differ, as ``fields`` of a source; by default those of the run's pool.
         repeat: replace scores of other files, or by another run, that lie in ``out``.
-        engine: where work runs; by default as in the run.
         workers: processes; by default as in the run.
 
     Returns:
@@ -148,7 +144,7 @@ def score_files(
     pool = tuple(parse_source({"path": path, "fields": names}) for path in data)
     changes = {"lower_data": pool, "upper_data": (), "heldout_data": ()}  # the run's own need not be there any more
     config = base.model_copy(update={"data": base.data.model_copy(update=changes)})
-    with open_engine(engine or base.engine, workers or base.workers) as opened, locked(out):
+    with open_engine(workers=workers or base.workers) as opened, locked(out):
         context = RunContext(out.resolve(), config, progress or SilentProgress(), opened)
         directory = RunDir(context.root, config.seed)
         inputs = {"lower_data": texts.pool_hashes(context)}
