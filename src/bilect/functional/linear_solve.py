@@ -24,6 +24,7 @@ __all__ = [
     "neumann",
     "next_second_moment",
     "relative_residual",
+    "second_moment_of",
     "sgd",
     "spectral_norm",
 ]
@@ -85,6 +86,13 @@ def next_second_moment(second_moment: Tree, step: float, gradient: Tree, beta: f
     """
     correction = 1 - beta ** (step + 1)
     return {k: (beta * second_moment[k] + (1 - beta) * g.square()) / correction for k, g in gradient.items()}
+
+
+def second_moment_of(optimizer: torch.optim.Optimizer, params: Tree, gradient: Tree) -> Tree:
+    """``next_second_moment`` of an Adam that has taken a step on all of ``params``."""
+    state = {k: optimizer.state[p] for k, p in params.items()}
+    v, step = {k: s["exp_avg_sq"] for k, s in state.items()}, float(next(iter(state.values()))["step"])
+    return next_second_moment(v, step, gradient, optimizer.defaults["betas"][1])
 
 
 def neumann(hvp: TreeMap, b: Tree, *, steps: int, step_size: float, damping: float = 0.0) -> Solution:

@@ -99,9 +99,7 @@ class Steps:
 
     def second_moment(self, gradient: Tree) -> Tree:
         """AdamW's v as a step on ``gradient`` would leave it, see ``linear_solve.next_second_moment``."""
-        state = {k: self.optimizer.state[p] for k, p in self.params.items()}
-        v, step = {k: s["exp_avg_sq"] for k, s in state.items()}, float(next(iter(state.values()))["step"])
-        return linear_solve.next_second_moment(v, step, gradient, self.optimizer.defaults["betas"][1])
+        return linear_solve.second_moment_of(self.optimizer, self.params, gradient)
 
 
 def pool_batches(inputs: Inputs, batch_size: int, label: str) -> BatchStream:

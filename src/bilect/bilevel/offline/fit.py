@@ -229,7 +229,11 @@ class BilevelFit:
         if self.solver.measures_norm(config) and (self.hessian_norm is None or self.steps_done % config.log_every == 0):
             self.hessian_norm = linear_solve.spectral_norm(hvp, upper.tree)
         damping, eps = self.solver.damping(config, self.hessian_norm), self.proxy_optimizer.defaults["eps"]
-        system = System(hvp, upper.tree, damping, self.hessian_norm, lambda: self._second_moment(upper.tree), eps)
+
+        def second_moment() -> Tree:
+            return linear_solve.second_moment_of(self.proxy_optimizer, self.params, upper.tree)
+
+        system = System(hvp, upper.tree, damping, self.hessian_norm, second_moment, eps)
         solution = self.solver.solve(system, config)
         residual = solution.residual
         if residual is None and self.steps_done % config.log_every == 0:
@@ -248,11 +252,6 @@ class BilevelFit:
             name: part * total / weight for (name, weight), part in zip(self.upper_sets.items(), loss_S, strict=False)
         }
         return {"upper_loss": loss, **({"upper_loss_by_set": by_set} if by_set else {})}
-
-    def _second_moment(self, b: Tree) -> Tree:
-        state = {k: self.proxy_optimizer.state[p] for k, p in self.params.items()}
-        v, step = {k: s["exp_avg_sq"] for k, s in state.items()}, float(next(iter(state.values()))["step"])
-        return linear_solve.next_second_moment(v, step, b, self.proxy_optimizer.defaults["betas"][1])
 
     def _penalty(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         """``d_i = lambda (l_i(m) - l_i(w))`` with twins that are synchronised every ``sync_every`` steps."""
