@@ -274,7 +274,7 @@ def test_a_damaged_row_group_costs_no_other(tmp_path, tokenizer):
 
 def test_another_kind_of_file_is_one_line(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"x")
-    with pytest.raises(BilectError, match=r"a\.csv is none of \.jsonl"):
+    with pytest.raises(BilectError, match=r"a\.csv is none of \.json, \.jsonl"):
         inputs(SourceConfig(path=str(tmp_path / "a.csv")))
 
 
@@ -282,7 +282,7 @@ def test_missing_paths_and_permissions(tmp_path, monkeypatch):
     with pytest.raises(BilectError, match="no file or directory"):
         read(tmp_path / "none.jsonl")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BilectError, match=r"no \.jsonl, .* files in"):
+    with pytest.raises(BilectError, match=r"no \.json, .* files in"):
         read(tmp_path / "empty")
     with pytest.raises(BilectError, match=r"files in .*\*\.jsonl"):
         read(tmp_path / "*.jsonl")
@@ -297,7 +297,7 @@ def test_missing_paths_and_permissions(tmp_path, monkeypatch):
     monkeypatch.setattr("bilect.data.sources.file_hash", refuse)
     with pytest.raises(BilectError, match=r"cannot read .*a\.jsonl: Permission denied$"):
         identity(source)
-    monkeypatch.setattr("bilect.data.formats.open_file", refuse)
+    monkeypatch.setattr("bilect.data.packing.open_file", refuse)
     with pytest.raises(BilectError, match=r"cannot read .*a\.jsonl: Permission denied$"):
         list(read_input(source))
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import bilect
-from bilect.data import slices
+from bilect.data.formats import _json
 from bilect.methods import dsir
 from bilect.selection import near_duplicates, scoring
 from tests.corpus import write_corpus
@@ -21,7 +21,7 @@ def corpus(tmp_path, monkeypatch):
     write_corpus(tmp_path / "pool")
     for name in ("upper", "heldout"):
         (tmp_path / "pool" / f"{name}.jsonl").rename(tmp_path / f"{name}.jsonl")
-    for module, name, value in ((slices, "BYTES", 8000), (slices, "_BLOCK", 1000), (scoring, "ROWS_AT_ONCE", 50),
+    for module, name, value in ((_json, "SLICE_BYTES", 8000), (_json, "_BLOCK", 1000), (scoring, "ROWS_AT_ONCE", 50),
                                 (dsir, "ROWS_OF_BLOCK", 60), (near_duplicates, "DOCUMENTS", 70)):  # fmt: skip
         monkeypatch.setattr(module, name, value)
     return tmp_path

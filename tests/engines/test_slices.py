@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from bilect.config import SourceConfig
-from bilect.data import slices as slices_module
 from bilect.data.blocks import Block, Tokenise
 from bilect.data.documents import Document, read_input
-from bilect.data.slices import Slice, slices
+from bilect.data.formats import _json, parquet, slices
+from bilect.data.formats import text as text_format
+from bilect.data.formats.contract import Slice
 from bilect.data.sources import inputs
 from bilect.data.token_files import TokenFiles
 from bilect.data.tokens import TokenStore
@@ -29,9 +30,13 @@ LINES[5], LINES[11] = "\n", "no json\n"  # one line holds nothing, one is wrong
 @pytest.fixture(autouse=True)
 def small(tmp_path, monkeypatch):
     monkeypatch.setenv("BILECT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(slices_module, "BYTES", 300)
-    monkeypatch.setattr(slices_module, "FILES", 15)
-    monkeypatch.setattr(slices_module, "_BLOCK", 100)
+    cut_small(monkeypatch)
+
+
+def cut_small(monkeypatch):
+    for module, name, size in ((_json, "SLICE_BYTES", 300), (_json, "_BLOCK", 100), (parquet, "SLICE_BYTES", 300),
+                               (text_format, "_FILES", 15)):  # fmt: skip
+        monkeypatch.setattr(module, name, size)
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +161,7 @@ def test_another_number_of_workers_goes_on_at_the_first_missing_block(tmp_path, 
     remade = notes[1].with_suffix(".arrow")
     monkeypatch.undo()
     monkeypatch.setenv("BILECT_CACHE", str(tmp_path / "cache"))
-    for name, size in (("BYTES", 300), ("_BLOCK", 100)):
-        monkeypatch.setattr(slices_module, name, size)
+    cut_small(monkeypatch)
     monkeypatch.setattr(shutil, "rmtree", lambda folder: None)
     (resumed,) = tokenised(tokenizer, [tmp_path / "a.jsonl"], tmp_path, two)
     assert resumed == whole and resumed.path.read_bytes() == content

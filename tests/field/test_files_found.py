@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from bilect.config import SourceConfig
 from bilect.data.documents import read_documents
-from bilect.data.formats import Format, raw_records
+from bilect.data.formats.json_ import texts as json_texts
+from bilect.data.packing import blocks
 from bilect.data.sources import find, inputs, places, set_name
 from bilect.data.tables import parquet_table
 from bilect.errors import BilectError
@@ -78,8 +79,8 @@ def test_elements_of_an_array_are_found_whatever_the_blocks(tmp_path_factory, re
     file = tmp_path_factory.mktemp("j") / "x.json"
     file.write_text(json.dumps(records, indent=2 if indent else None, ensure_ascii=False), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bilect.data.formats._BLOCK", block)
-        assert [json.loads(r) for r in raw_records(f"file://{file}", Format("json"))] == records
+        patch.setattr("bilect.data.packing._BLOCK", block)
+        assert [json.loads(text) for text in json_texts(blocks(f"file://{file}"))[1]] == records
 
 
 def test_hidden_and_half_written_things_are_no_data_and_what_is_not_read_is_named(tmp_path):
@@ -106,7 +107,7 @@ def test_hidden_and_half_written_things_are_no_data_and_what_is_not_read_is_name
     )
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "t.csv").write_text("x")
-    with pytest.raises(BilectError, match=r"no \.jsonl, .* files in .*only; not read: t\.csv"):
+    with pytest.raises(BilectError, match=r"no \.json, .* files in .*only; not read: t\.csv"):
         texts(tmp_path / "only")
 
 

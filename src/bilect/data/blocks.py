@@ -13,8 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from bilect.data.documents import Document, Problem, bad_record, read_input
-from bilect.data.slices import Slice
-from bilect.data.sources import Input
+from bilect.data.formats.contract import Slice
+from bilect.data.input import Input
 from bilect.data.tokens import TokenStore, write_tokens
 from bilect.runtime.files import draft_of, write_json
 

@@ -3,7 +3,9 @@
 import hashlib
 from dataclasses import dataclass, field
 
-__all__ = ["Document", "Problem", "hash64"]
+__all__ = ["DAMAGED", "Document", "Problem", "hash64"]
+
+DAMAGED = "cannot be read"  # reason of a problem
 
 
 @dataclass(frozen=True)

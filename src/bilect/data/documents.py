@@ -4,22 +4,17 @@ A document without an id gets the hash of its text. A record that cannot be used
 be read at all, a row group or the rest of a file whose bytes are damaged; a file that cannot be opened is an error.
 """
 
-import gzip
-import json
-import lzma
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import zstandard
-
 from bilect.config import SourceConfig
-from bilect.data.document import Document, Problem, hash64
+from bilect.data import formats
+from bilect.data.document import DAMAGED, Document, Problem, hash64
 from bilect.data.fields import Fields
-from bilect.data.formats import format_of, parquet_batches, parquet_columns, parquet_groups, raw_records, whole
-from bilect.data.slices import ALL, Slice
-from bilect.data.sources import Input, inputs, open_dataset
+from bilect.data.formats.contract import ALL, Gap, Slice
+from bilect.data.input import Input
+from bilect.data.packing import is_damage
+from bilect.data.sources import inputs
 from bilect.errors import BilectError, reason
 
 __all__ = [
@@ -29,12 +24,9 @@ __all__ = [
     "check_fields",
     "first_record",
     "hash64",
-    "parsed",
     "read_documents",
     "read_input",
 ]
-
-DAMAGED = "cannot be read"  # reason of a problem
 
 
 def bad_record(source: Input, problem: Problem) -> BilectError:
@@ -125,42 +117,15 @@ def check_fields(source: Input) -> None:
                           f"are {', '.join(map(repr, list(there)[:10]))}")  # fmt: skip
 
 
-def parsed(line: bytes, number: int) -> dict[str, Any] | Problem | None:
-    """The record in some bytes of JSON; None where they hold nothing."""
-    line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-    if not line.strip():
-        return None
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return Problem(number, "not UTF-8", "not UTF-8")
-    except (ValueError, RecursionError) as error:
-        return Problem(number, "not valid JSON", f"not valid JSON ({getattr(error, 'msg', type(error).__name__)})")
-    if not isinstance(record, dict):
-        return Problem(number, "not an object", "expected an object with a text field")
-    return record
-
-
-@dataclass(frozen=True)
-class _Gap:
-    """So many records in a row that are damaged, and how."""
-
-    records: int
-    why: str
-
-
-_Records = Iterator[Mapping[str, Any] | Problem | _Gap | None]  # None: a line that holds nothing
-
-
 def _records(
     source: Input, fields: Fields, part: Slice = ALL, every: bool = False
 ) -> Iterator[tuple[int, Mapping[str, Any] | Problem]]:
     """Records with their places; ``every``: all of their fields."""
     number = part.first
+    columns = (lambda names: None) if every else fields.columns
     try:
-        records = _files(source, fields, part, every) if source.files else _dataset(source, fields, every)
-        for record in records:
-            if isinstance(record, _Gap):
+        for record in formats.get(source.format).records(source, columns, part):
+            if isinstance(record, Gap):
                 yield number, Problem(number, DAMAGED, f"cannot read {source.unit}s {number} to "
                                       f"{number + record.records - 1}: {record.why}")  # fmt: skip
                 number += record.records
@@ -171,85 +136,6 @@ def _records(
     except BilectError:
         raise
     except Exception as error:  # a broken archive raises its library's own kind of error
-        if not (source.files and _is_damage(error)):
+        if not (source.files and is_damage(error)):
             raise BilectError(f"data: cannot read {source.where}: {reason(error)}") from error
         yield number, Problem(number, DAMAGED, f"cannot read on: {reason(error)}")
-
-
-def _files(source: Input, fields: Fields, part: Slice, every: bool) -> _Records:
-    if source.names:
-        return _texts(source, part)
-    (url,) = source.files
-    form = format_of(url)
-    assert form is not None
-    if form.kind == "parquet":
-        return _parquet(url, None if every else fields.columns(parquet_columns(url)), part)
-    lines = raw_records(url, form, part.begin, part.end)
-    return (parsed(line, number) for number, line in enumerate(lines, start=part.first))
-
-
-def _texts(source: Input, part: Slice) -> _Records:
-    files = list(zip(source.files, source.names, strict=True))[part.begin : part.end]
-    for number, (url, name) in enumerate(files, start=part.first):
-        form = format_of(url)
-        assert form is not None
-        try:
-            yield {"text": whole(url, form).decode("utf-8-sig"), "id": name}
-        except UnicodeDecodeError as error:
-            yield Problem(number, "not UTF-8", f"not UTF-8 (byte {error.start})")
-        except Exception as error:
-            if not _is_damage(error):
-                raise
-            yield Problem(number, DAMAGED, f"cannot read it: {reason(error)}")
-
-
-def _parquet(url: str, columns: Sequence[str] | None, part: Slice) -> _Records:
-    number = part.first
-    for group, (rows, _) in enumerate(parquet_groups(url)[part.begin : part.end], start=part.begin):
-        end = number + rows
-        try:
-            for batch in parquet_batches(url, group, columns):
-                yield from _rows(batch, number)
-                number += len(batch)
-        except (ValueError, OSError) as error:
-            if not _is_damage(error):
-                raise
-            yield _Gap(end - number, reason(error))
-            number = end
-
-
-def _rows(batch: Any, number: int) -> list[dict[str, Any] | Problem]:
-    """The rows of a batch as Python's values; where Python has none for some, those of the other rows.
-
-    Dates may lie outside of Python's calendar, or in a time zone that this machine does not know: no text, no error.
-    """
-    import pyarrow as pa
-
-    try:
-        return list(batch.to_pylist())
-    except (ValueError, OverflowError, KeyError):
-        pass
-    columns = [c.cast(pa.int64()) if pa.types.is_timestamp(c.type) else c.cast(pa.int32()) if pa.types.is_date32(c.type)
-               else c for c in batch.columns]  # fmt: skip
-    found: list[dict[str, Any] | Problem] = []
-    for row in range(len(batch)):
-        try:
-            values = [column[row].as_py() for column in columns]
-            found.append(dict(zip(batch.schema.names, values, strict=True)))
-        except UnicodeDecodeError:
-            found.append(Problem(number + row, "not UTF-8", "not UTF-8"))
-        except (ValueError, OverflowError, KeyError) as error:  # a date within an object
-            found.append(Problem(number + row, DAMAGED, f"cannot read a value: {reason(error)}"))
-    return found
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether the bytes of a file are at fault, not the way to it, nor this machine."""
-    kinds = (EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
-    return isinstance(error, kinds) or (type(error) in (OSError, gzip.BadGzipFile) and error.errno is None)  # type: ignore[attr-defined]
-
-
-def _dataset(source: Input, fields: Fields, every: bool) -> _Records:
-    dataset = open_dataset(source.source)
-    columns = None if every else fields.columns(dataset.column_names or [])
-    yield from dataset.select_columns(columns) if columns else dataset  # other columns may be images to decode

@@ -6,12 +6,11 @@ glob, what begins with a dot or an underscore is hidden or half-written (``.ipyn
 """
 
 import glob
-import importlib.util
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,76 +18,19 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from bilect.config import SourceConfig
+from bilect.data import formats
 from bilect.data.cache import file_hash
 from bilect.data.files import filesystem
-from bilect.data.formats import READ, format_of
+from bilect.data.formats import dataset
+from bilect.data.input import Input, is_local, shown
 from bilect.errors import BilectError, reason
 from bilect.runtime.files import content_hash
 
-__all__ = ["Found", "Input", "find", "identity", "inputs", "open_dataset", "places", "set_name"]
+__all__ = ["Found", "find", "identity", "inputs", "places", "set_name"]
 
 _GLOB = re.compile(r"(?:^|/)[^/]*[*?\[]")  # the first part of a path that is no plain name
-_SUFFIXES = re.compile(r"\.(?:jsonl|ndjson|json|parquet|txt)(?:\.(?:gz|zst|bz2|xz))?$", re.IGNORECASE)
-_TEXT_FILES = 10_000  # of one token file
+_WHOLE_FILES = 10_000  # of one token file
 _VERSION_KEYS = ("etag", "mtime", "last_modified", "lastmodified", "modified", "md5", "sha256", "blob_id", "created")
-
-
-@dataclass(frozen=True)
-class Input:
-    """What becomes one token file.
-
-    Attributes:
-        source: of the config.
-        name: for file names.
-        label: ``source`` of the documents that carry none.
-        where: file, folder of plain text, or dataset, as users see it.
-        files: URLs; none for a dataset.
-        names: of plain-text files, relative to the folder: their documents' ids.
-    """
-
-    source: SourceConfig
-    name: str
-    label: str
-    where: str
-    files: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-
-    @property
-    def unit(self) -> str:
-        """What a record is called."""
-        form = format_of(self.files[0]) if self.files else None
-        return _UNITS.get(form.kind if form else "", "record")
-
-    def place(self, record: int) -> tuple[str, str]:
-        """File and place of a record, counted from 1: lines of JSONL, rows of Parquet, whole files of plain text."""
-        if self.names:
-            return _shown(self.files[record - 1]), "whole file"
-        return self.where, f"{self.unit} {record}"
-
-    def at(self, record: int) -> str:
-        """``place`` in one piece."""
-        file, place = self.place(record)
-        return file if place == "whole file" else f"{file}, {place}"
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether it is a folder of plain text."""
-        return bool(self.names) and _shown(self.files[0]) != self.where
-
-    @property
-    def is_local(self) -> bool:
-        """Whether its files lie on disks of this machine."""
-        return bool(self.files) and all(map(_is_local, self.files))
-
-    def note(self) -> dict[str, Any]:
-        """All of it as plain data, for a file."""
-        return {**asdict(self), "source": self.source.model_dump(mode="json")}
-
-    @classmethod
-    def of_note(cls, note: Mapping[str, Any]) -> "Input":
-        """What ``note`` has written."""
-        more = {key: tuple(note[key]) for key in ("files", "names")}
-        return cls(SourceConfig.model_validate(note["source"]), note["name"], note["label"], note["where"], **more)
 
 
 @dataclass(frozen=True)
@@ -121,7 +63,7 @@ def find(source: SourceConfig) -> Found:
     """
     if source.dataset is not None:
         name = source.dataset.rstrip("/").rsplit("/", 1)[-1]
-        return Found([Input(source, _safe(name), source.source or name, f"dataset {source.dataset}")])
+        return Found([Input(source, _safe(name), source.source or name, f"dataset {source.dataset}", "dataset")])
     assert source.path is not None
     fs, path = _filesystem(source.path)
     try:
@@ -132,18 +74,19 @@ def find(source: SourceConfig) -> Found:
     except Exception as error:  # every file system has its own kinds
         raise BilectError(f"data: cannot look into {source.path}: {reason(error)}") from error
     found_inputs: list[Input] = []
-    for text, group in groupby(zip(found, urls, strict=True), lambda pair: _is_text(pair[0])):
-        pairs = list(group)
-        if text and base is not None:
-            for first in range(0, len(pairs), _TEXT_FILES):
-                found_inputs.append(_text_folder(source, base, pairs[first : first + _TEXT_FILES]))
+    for form, group in groupby(zip(found, urls, strict=True), lambda pair: formats.name_of(pair[0])):
+        assert form is not None
+        pairs, whole, unit = list(group), formats.get(form).whole, formats.get(form).unit
+        if whole and base is not None:
+            for first in range(0, len(pairs), _WHOLE_FILES):
+                found_inputs.append(_folder(source, base, form, pairs[first : first + _WHOLE_FILES]))
             continue
         for path, url in pairs:
             file = path.rsplit("/", 1)[-1]
             stem = file.split(".")[0]
-            names = (file,) if text else ()
+            names = (file,) if whole else ()
             label = source.source or _folder_stem(path) or stem
-            found_inputs.append(Input(source, _safe(stem), label, _shown(url), (url,), names))
+            found_inputs.append(Input(source, _safe(stem), label, shown(url), form, unit, (url,), names))
     return Found(found_inputs, not_read)
 
 
@@ -184,40 +127,13 @@ def identity(source: Input) -> str:
     """
     try:
         if source.source.dataset is not None:
-            return _dataset_identity(source.source.dataset)
+            return dataset.identity(source.source.dataset)
         hashes = [_file_identity(url) for url in source.files]
     except BilectError:
         raise
     except Exception as error:
         raise BilectError(f"data: cannot read {source.where}: {reason(error)}") from error
     return content_hash([source.names, hashes]) if source.names else hashes[0]
-
-
-def open_dataset(source: SourceConfig) -> Any:
-    """The records of ``dataset:``; streamed, unless ``save_to_disk`` wrote the folder.
-
-    Raises:
-        BilectError: the datasets library is missing, or there is no such dataset, subset or split.
-    """
-    assert source.dataset is not None
-    _check_library(source.dataset)
-    import datasets
-
-    folder = _local_folder(source.dataset)
-    try:
-        if folder and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
-            saved = datasets.load_from_disk(str(folder))
-            if not isinstance(saved, datasets.DatasetDict):
-                return saved
-            if source.split not in saved:
-                raise BilectError(f"data: dataset {source.dataset} has no split {source.split!r}; it has "
-                                  + ", ".join(map(repr, saved)))  # fmt: skip
-            return saved[source.split]
-        return datasets.load_dataset(str(folder or source.dataset), source.subset, split=source.split, streaming=True)
-    except BilectError:
-        raise
-    except Exception as error:
-        raise BilectError(f"data: cannot load dataset {source.dataset}: {reason(error)}") from error
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
@@ -232,10 +148,10 @@ def _find(fs: Any, path: str, given: str) -> tuple[str | None, list[str], list[t
     if fs.isdir(path):
         base, pattern, found = path.rstrip("/"), "", fs.find(path)
     elif fs.exists(path):
-        if format_of(path) is None:
+        if formats.name_of(path) is None:
             config = path.endswith((".yaml", ".yml"))
             hint = "; a config is what `bilect run` takes" if config else "; convert it to one of them"
-            raise BilectError(f"data: {given} is none of {READ}{hint}")
+            raise BilectError(f"data: {given} is none of {formats.readable()}{hint}")
         if _is_pipe(fs, path):
             raise BilectError(f"data: {given} is {_PIPE}; inputs are read more than once: write it to a file first")
         return None, [path], []
@@ -249,7 +165,7 @@ def _find(fs: Any, path: str, given: str) -> tuple[str | None, list[str], list[t
     read, not_read = list[str](), list[tuple[str, str]]()
     for file in sorted(set(found)):
         hidden = _hidden(file.removeprefix(base).lstrip("/"), pattern)
-        if hidden or format_of(file) is None:
+        if hidden or formats.name_of(file) is None:
             not_read.append((file, "hidden or temporary" if hidden else "of another kind"))
         elif _is_pipe(fs, file):
             not_read.append((file, _PIPE))
@@ -257,7 +173,7 @@ def _find(fs: Any, path: str, given: str) -> tuple[str | None, list[str], list[t
             read.append(file)
     if not read:
         others = f"; not read: {', '.join(f.rsplit('/', 1)[-1] for f, _ in not_read[:3])}" if not_read else ""
-        raise BilectError(f"data: no {READ} files in {given}{others}")
+        raise BilectError(f"data: no {formats.readable()} files in {given}{others}")
     return base, read, not_read
 
 
@@ -306,67 +222,29 @@ def _hidden(below: str, pattern: str) -> bool:
     return any(part[:1] in (".", "_") and f"/{part[0]}" not in f"/{pattern}" for part in below.split("/"))
 
 
-def _is_text(path: str) -> bool:
-    form = format_of(path)
-    return form is not None and form.kind == "text"
-
-
 def _folder_stem(path: str) -> str | None:
     """Of a part of a folder that is called like a file, as Spark writes them: the folder's stem."""
-    folders = path.split("/")[:-1]
-    named = next((f for f in reversed(folders) if _SUFFIXES.search(f)), None)
-    return None if named is None else _SUFFIXES.sub("", named) or None
+    return (
+        next((stem for name in reversed(path.split("/")[:-1]) if (stem := formats.stem(name)) is not None), None)
+        or None
+    )
 
 
-def _text_folder(source: SourceConfig, base: str, pairs: Sequence[tuple[str, str]]) -> Input:
-    name = base.rsplit("/", 1)[-1]
+def _folder(source: SourceConfig, base: str, form: str, pairs: Sequence[tuple[str, str]]) -> Input:
+    """Files of a folder that are a document each."""
+    name, files = base.rsplit("/", 1)[-1], tuple(url for _, url in pairs)
     names = tuple(path.removeprefix(f"{base}/") for path, _ in pairs)
-    where = _shown(pairs[0][1]).removesuffix(f"/{names[0]}")
-    return Input(source, _safe(name), source.source or name, where, tuple(url for _, url in pairs), names)
+    where = shown(files[0]).removesuffix(f"/{names[0]}")
+    unit = formats.get(form).unit
+    return Input(source, _safe(name), source.source or name, where, form, unit, files, names)
 
 
 def _file_identity(url: str) -> str:
     fs, path = _filesystem(url)
-    if _is_local(url):
+    if is_local(url):
         return file_hash(Path(path))
     info = {k.lower().replace("-", "_"): str(v) for k, v in fs.info(path).items()}
     return content_hash([url, info.get("size"), {k: info[k] for k in _VERSION_KEYS if k in info}])
-
-
-def _check_library(name: str) -> None:
-    if importlib.util.find_spec("datasets") is None:
-        raise BilectError(f"data: dataset {name} needs the datasets library: pip install 'bilect[hub]'")
-
-
-def _dataset_identity(name: str) -> str:
-    _check_library(name)  # before the Hub is asked
-    folder = _local_folder(name)
-    if folder:
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        return content_hash([[str(p.relative_to(folder)), file_hash(p)] for p in files])
-    import huggingface_hub
-
-    return str(huggingface_hub.HfApi().dataset_info(name).sha)
-
-
-def _local_folder(name: str) -> Path | None:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if name.startswith((".", "/", "~")):  # must not be taken for a Hub name
-        raise BilectError(f"data: no directory {name}")
-    return None
-
-
-_UNITS = {"lines": "line", "parquet": "row"}
-
-
-def _is_local(url: str) -> bool:
-    return url.startswith("file://")
-
-
-def _shown(url: str) -> str:
-    return url.removeprefix("file://")
 
 
 def _safe(name: str) -> str:

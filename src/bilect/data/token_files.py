@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from bilect.data.blocks import Block, Tokenise
 from bilect.data.cache import cache_folder, file_hash
 from bilect.data.documents import Problem, bad_record
-from bilect.data.formats import format_of
-from bilect.data.slices import Slice, slices
-from bilect.data.sources import Input, identity
+from bilect.data.formats import slices
+from bilect.data.formats.contract import Slice
+from bilect.data.input import Input
+from bilect.data.sources import identity
 from bilect.data.tokens import join_tokens, start_token
 from bilect.engines import Engine, Here
 from bilect.errors import BilectError, reason
@@ -32,7 +33,7 @@ from bilect.runtime.files import content_hash, draft_of, write_json
 
 __all__ = ["TokenFile", "TokenFiles", "link"]
 
-_FORMAT = 4  # of the entries; another one makes all of them anew
+_FORMAT = 5  # of the entries; another one makes all of them anew
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ class TokenFiles:
 
     def _path(self, source: Input) -> Path:
         # Not in the key: whether bad records are left out. A file without any is the same either way.
-        form = str(format_of(source.files[0])) if source.files else ""  # of two names for the same bytes
-        chosen = [identity(source), form, source.label, source.source.fields, *_split(source)]
+        form = [source.format, source.packing]  # of two names for the same bytes
+        chosen = [identity(source), *form, source.label, source.source.fields, *_split(source)]
         return cache_folder("tokens") / f"{content_hash([*self._settings, *chosen])}.arrow"
 
     def _make(

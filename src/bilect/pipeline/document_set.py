@@ -11,7 +11,8 @@ import numpy as np
 from bilect.config import SourceConfig
 from bilect.data.checks import DocumentIndex
 from bilect.data.documents import Document, Problem, check_fields, hash64, read_input
-from bilect.data.sources import Input, find
+from bilect.data.input import Input
+from bilect.data.sources import find
 from bilect.data.token_files import TokenFiles, link
 from bilect.data.tokens import TokenStore, write_rows
 from bilect.errors import BilectError

@@ -5,9 +5,6 @@ counted from the models' matrices; seconds follow from the speed that proxy and 
 probe of one or two steps, and are right to about a factor of two.
 """
 
-import bz2
-import gzip
-import lzma
 import math
 import time
 from collections.abc import Sequence
@@ -17,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import zstandard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bilect.bilevel.cost import fit_flops, selecting_flops
 from bilect.config import Config, FitConfig, SourceConfig, TrainConfig
+from bilect.data import formats
 from bilect.data.documents import Document, bad_record, read_input
-from bilect.data.files import filesystem, open_file
-from bilect.data.sources import Input, inputs
+from bilect.data.files import filesystem
+from bilect.data.input import Input
+from bilect.data.packing import packed
+from bilect.data.sources import inputs
 from bilect.errors import BilectError
 from bilect.methods import methods_of
 from bilect.methods._score_model import ScoreModelMethod
@@ -154,17 +153,12 @@ class _Tokeniser:
         sample = self._sample(taken, chunk)
         if whole:
             return sample
-        name, raw = part.files[0] if part.files else "", "\n".join(d.text for d in taken).encode()
-        scale = 1.0  # a dataset that is streamed does not tell its size
-        if name.lower().endswith(".parquet"):
-            import pyarrow.parquet as pq
-
-            with open_file(name) as handle:
-                scale = pq.ParquetFile(handle).metadata.num_rows / len(taken)
-        elif name:
-            packed = {".gz": lambda: gzip.compress(raw, 6), ".zst": lambda: zstandard.compress(raw),
-                      ".bz2": lambda: bz2.compress(raw), ".xz": lambda: lzma.compress(raw)}  # fmt: skip
-            scale = max(_size(part) / len(packed.get(Path(name).suffix.lower(), lambda: raw)()), 1.0)
+        count, scale = formats.get(part.format).count(part), 1.0  # a dataset that is streamed does not tell its size
+        if count is not None:
+            scale = count / len(taken)
+        elif part.files:
+            content = "\n".join(d.text for d in taken).encode()
+            scale = max(_size(part) / len(packed(content, part.packing)), 1.0)
         return _Corpus(sample.tokens * scale, sample.documents * scale)
 
     def _sample(self, documents: Sequence[Document], chunk: bool) -> _Corpus:

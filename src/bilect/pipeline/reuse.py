@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from bilect.config import Config, SelectionConfig, parse_config, parse_selection, parse_source
-from bilect.data.sources import Input
+from bilect.data.input import Input
 from bilect.engines import open_engine
 from bilect.errors import BilectError
 from bilect.methods import load

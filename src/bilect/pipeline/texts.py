@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from bilect.config import Config, SourceConfig
 from bilect.data.documents import check_fields, read_documents
-from bilect.data.sources import Input, identity, inputs, places, set_name
+from bilect.data.input import Input
+from bilect.data.sources import identity, inputs, places, set_name
 from bilect.data.task_files import task_inputs
 from bilect.data.token_files import TokenFiles, link
 from bilect.errors import BilectError
@@ -109,7 +110,7 @@ def pool_inputs(tokens: Path) -> list[Input]:
         BilectError: one of them is not there any more, or not as it was.
     """
     files = json.loads((tokens / "pool.json").read_text(encoding="utf-8"))["files"]
-    if any("from" not in f for f in files):
+    if any("format" not in f.get("from", {}) for f in files):
         raise BilectError(f"selection.output: {tokens} was written by an earlier version, which did not note where its "
                           "records are from (selection.output=text needs it not)")  # fmt: skip
     notes = [f["from"] for f in files]
