@@ -219,7 +219,9 @@ def fit(
 @app.command()
 @shown
 def export(
-    selection: Annotated[Path, typer.Argument(help="Folder of a selection (kept.parquet or kept.jsonl.zst).")],
+    selection: Annotated[
+        Path, typer.Argument(help="A run, or the folder of a selection (kept.parquet or kept.jsonl.zst).")
+    ],
     to: Annotated[str, typer.Option("--to", help="doc-ids, hf-datasets, jsonl-zst, mds, megatron, parquet.")],
     out: Annotated[Path, typer.Option("--out", help="New folder.")],
     tokens: Annotated[

@@ -26,7 +26,7 @@ def export(selection: Path, to: str, out: Path, *, tokens: Path | None = None) -
     """Write the kept documents of a selection in another format; the folder appears when it is complete.
 
     Args:
-        selection: folder with ``kept.parquet`` or ``kept.jsonl.zst``.
+        selection: folder with ``kept.parquet`` or ``kept.jsonl.zst``, or a run, of which the newest round is meant.
         to: name of the format (``bilect.integrations.exporters.names``).
         out: folder to write; must not be there, or be empty.
         tokens: folder with ``pool.json``, for formats of tokens; by default that of the run the selection lies in.
@@ -116,7 +116,11 @@ def push_to_hub(run: Path, repo_id: str, *, private: bool = True, token: str | N
 
 def _kept(selection: Path, tokens: Path | None) -> tuple[Kept, Path | None]:
     """The kept documents, and the folder of the run they are of."""
-    found = [f for name in ("kept.parquet", "kept.jsonl.zst") if (f := selection / name).is_file()]
+    rounds = sorted(
+        selection.glob("round-*/selected"), key=lambda folder: (len(folder.parent.name), folder), reverse=True
+    )
+    found = [f for folder in (selection, *rounds) for name in ("kept.parquet", "kept.jsonl.zst")
+             if (f := folder / name).is_file()]  # fmt: skip
     if not found:
         raise BilectError(f"export: {selection} holds no selection (kept.parquet or kept.jsonl.zst)")
     if found[0].suffix == ".parquet":
@@ -125,7 +129,7 @@ def _kept(selection: Path, tokens: Path | None) -> tuple[Kept, Path | None]:
         except (pa.ArrowException, OSError) as error:
             raise BilectError(f"export: {found[0]} is not a readable Parquet file: {reason(error)}") from error
     if tokens is None:
-        near = (parent / "tokens" for parent in selection.resolve().parents)
+        near = (parent / "tokens" for parent in found[0].resolve().parents)
         tokens = next((folder for folder in near if (folder / "pool.json").is_file()), None)
     elif not (tokens / "pool.json").is_file():
         raise BilectError(f"export: {tokens} holds no token files (pool.json)")

@@ -93,6 +93,16 @@ def test_parquet_jsonl_and_doc_ids(tmp_path, form, monkeypatch):
     assert (tmp_path / "i" / "doc_ids.txt").read_text() == "w2\nb1\nw1\n"
 
 
+def test_of_a_run_the_newest_round_is_written(selection, tmp_path):
+    for name in ("round-2", "round-10", "round-1"):
+        folder = tmp_path / "run" / name / "selected"
+        folder.mkdir(parents=True)
+        part = pq.read_table(selection / "kept.parquet").slice(0, 1 if name == "round-10" else 2)
+        pq.write_table(part, folder / "kept.parquet")
+    assert export(tmp_path / "run", "doc-ids", tmp_path / "out") == {"documents": 1, "tokens": 4}
+    assert export(tmp_path / "run" / "round-2" / "selected", "doc-ids", tmp_path / "two")["documents"] == 2
+
+
 def test_hugging_face_datasets_reads_it(selection, tmp_path):
     datasets = pytest.importorskip("datasets", reason="bilect[hub] is not installed")
     export(selection, "hf-datasets", tmp_path / "out")
