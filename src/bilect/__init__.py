@@ -16,6 +16,7 @@ _PUBLIC = {
     "BladeConfig": "bilect.config.online",
     "BladeTrainer": "bilect.integrations.trainer",
     "CausalLM": "bilect.models.causal_lm",
+    "Chooser": "bilect.pipeline.chooser",
     "Chosen": "bilect.pipeline.choose",
     "Config": "bilect.config",
     "FitConfig": "bilect.config",

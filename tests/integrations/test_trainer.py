@@ -38,11 +38,17 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
 def train(folder: Path, kind: type = BladeTrainer, resume: str | None = None, **more: Any) -> Any:
     model = small("gpt2", dtype=torch.float32, resid_pdrop=0.1).train()
     blade = {k: more.pop(k) for k in ("blade", "upper_dataset", "reference") if k in more}
-    callbacks = more.pop("callbacks", None)
+    callbacks, evaluated = more.pop("callbacks", None), more.pop("eval_dataset", None)
     if kind is BladeTrainer:
         blade = {"blade": BLADE, "upper_dataset": rows(100, 5), **blade}
     trainer = kind(
-        model, arguments(folder, **more), train_dataset=rows(0, 40), data_collator=collate, callbacks=callbacks, **blade
+        model,
+        arguments(folder, **more),
+        train_dataset=rows(0, 40),
+        eval_dataset=evaluated,
+        data_collator=collate,
+        callbacks=callbacks,
+        **blade,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer

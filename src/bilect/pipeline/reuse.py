@@ -30,7 +30,7 @@ from bilect.selection.originals import write_records
 from bilect.selection.records import attach_text
 from bilect.selection.select import Selected, select
 
-__all__ = ["score_files", "select_again", "selection_settings"]
+__all__ = ["fitted_in", "fitted_method", "score_files", "select_again", "selection_settings"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
@@ -136,10 +136,7 @@ def score_files(
     Raises:
         BilectError: nothing fitted there, something wrong with the files, or other scores in ``out``.
     """
-    base = _run_config(source)
-    fitted = None if base is None else source / arm_folder(base, base.method, base.rounds) / SAVED
-    if base is None or fitted is None or not fitted.is_dir():
-        raise BilectError(f"score: {source} has fitted nothing to score by yet; finish the run first")
+    base, fitted = fitted_in(source)
     names = dict(base.data.lower_data[0].fields if fields is None else fields)
     pool = tuple(parse_source({"path": path, "fields": names}) for path in data)
     changes = {"lower_data": pool, "upper_data": (), "heldout_data": ()}  # the run's own need not be there any more
@@ -161,6 +158,19 @@ def score_files(
         directory.stage("score", action, settings=score.settings, after=score.reads)
         directory.finish()
     return {key: figures[key] for key in ("documents", "tokens", "skipped")}
+
+
+def fitted_in(source: Path) -> tuple[Config, Path]:
+    """The config of a run, and the folder of its method as the last round has fitted it.
+
+    Raises:
+        BilectError: it has not.
+    """
+    base = _run_config(source)
+    fitted = None if base is None else source / arm_folder(base, base.method, base.rounds) / SAVED
+    if base is None or fitted is None or not fitted.is_dir():
+        raise BilectError(f"score: {source} has fitted nothing to score by yet; finish the run first")
+    return base, fitted
 
 
 @dataclass(frozen=True)
@@ -198,13 +208,22 @@ def _records(tokens: Path, settings: Mapping[str, Any], progress: Progress | Non
 
 def _score(context: RunContext, source: RunContext, fitted: Path, scratch: Path) -> Figures:
     rows = np.setdiff1d(np.arange(len(context.pool())), context.excluded())
-    method = partial(_fitted, context.for_workers(), source.for_workers(), fitted, rows, scratch / ".fit")
+    method = partial(fitted_method, context.for_workers(), source.for_workers(), fitted, rows, scratch / ".fit")
     return score_rows(context, method, rows, scratch / "scores", "score")
 
 
-def _fitted(
+def fitted_method(
     context: RunContext, source: RunContext, fitted: Path, rows: np.ndarray, scratch: Path
 ) -> DocumentMethod[Any]:
+    """A method as a run has fitted it, for another pool.
+
+    Args:
+        context: whose pool is scored.
+        source: the run.
+        fitted: folder of the method.
+        rows: candidates of the pool.
+        scratch: folder of its own.
+    """
     config = source.config
     inputs = Inputs(
         context.pool(), rows, source.upper_sets(), proxy=source.root / "warmup" / "proxy", scratch=scratch,

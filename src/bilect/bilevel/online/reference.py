@@ -42,6 +42,7 @@ def copy_of(model: nn.Module) -> nn.Module:
         raise BilectError(
             "a sharded model cannot be copied: pass reference=FUNCTION that builds and shards another one like it"
         ) from error
+    vars(twin).pop("forward", None)  # what others (TRL) have put in its place may still call the model itself
     compiler: Any = getattr(model, "dynamo_ctx", None)
     return twin if compiler is None else compiler(twin)  # compiled as the model is
 
