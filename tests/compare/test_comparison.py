@@ -39,7 +39,13 @@ def runs(bliss=(4.0, 4.1, 4.3), random=(5.0, 5.2, 5.1), full=(4.9, 5.1, 5.0)):
 
 
 def compared(monkeypatch, seeds, loss_on="math"):
-    settings = SimpleNamespace(compare=SimpleNamespace(loss_on=loss_on), selection=SimpleNamespace(keep_ratio=0.2))
+    of_runs = {
+        "compare": SimpleNamespace(loss_on=loss_on),
+        "selection": SimpleNamespace(keep_ratio=0.2),
+        "device": "cpu",
+    }
+    settings = SimpleNamespace(**of_runs)
+    monkeypatch.setattr(module, "setting", lambda cell: {})  # of a run: tests/compare/test_published.py
     cells = [SimpleNamespace(variant="base", config=SimpleNamespace(seed=s, **vars(settings))) for s in SEEDS]
     monkeypatch.setattr(module, "collect", lambda cell: seeds[cell.config.seed])
     return compare_runs(cells, {})
