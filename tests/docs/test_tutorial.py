@@ -6,17 +6,13 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from bilect.cli.commands import main
-from bilect.config import template
 from bilect.demo import corpus as demo
-from bilect.pipeline import choose
 from tests.corpus import write_corpus
-from tests.docs.conftest import SIZES
 from tests.docs.pages import ROOT, blocks
 from tests.docs.test_code_blocks import commands
 
@@ -32,20 +28,10 @@ def small_corpus(directory: Path) -> None:
 
 
 def test_every_command_works_where_the_one_before_has_left_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small: None, small_init: None
 ) -> None:
-    starting_values = template.starting_values
-
-    def tiny(*roles: Any) -> dict[str, Any]:
-        training = {"steps": 4, "batch_size": 2, "decay_steps": 2}
-        changes = {"models": SIZES["models"], "training": training, "warmup": {"proxy": training, "target": training}}
-        values = starting_values(*roles)
-        return {**values, **changes, "data": {**values["data"], "context": 48, "vocab_size": 320}}
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(template, "starting_values", tiny)
     monkeypatch.setattr(demo, "build_demo_corpus", small_corpus)
-    monkeypatch.setattr(choose, "_CPU", SIZES)
     ran = []
     for words in LINES:
         match words:
