@@ -100,13 +100,16 @@ def test_the_processor_by_its_name(tmp_path):
 
 
 def test_a_row_for_every_arm(results):
-    page = tables(read_published(results), "results/public")
     values = json.loads((results / "tiny.json").read_text())
+    other = {**values["variants"]["base"], "settings": {"training.steps": 9}}
+    (results / "tiny.json").write_text(json.dumps({**values, "variants": {**values["variants"], "longer": other}}))
+    page = tables(read_published(results), "results/public")
     for variant in values["variants"].values():
         for arm, figures in variant["arms"].items():
             assert f"| {arm} | {figures['loss']['mean']:.3f} |" in page
     assert "[All figures](results/public/tiny.json)" in page
-    assert page.startswith("## ") and "Pool a_" not in page and "for upper" in page
+    assert page.count("\n| dsir |") == 2 and "the one above in training.steps: 9" in page
+    assert page.startswith("## ") and ", for upper: longer\n" in page
 
 
 def _broken():

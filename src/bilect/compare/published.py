@@ -15,7 +15,7 @@ from bilect.compare.statistics import estimate
 from bilect.compare.verdict import cost_ratio
 from bilect.config.base import explain_wrong
 from bilect.errors import BilectError, reason
-from bilect.report.wording import decimal, duration, power
+from bilect.report.wording import decimal, duration
 
 __all__ = ["Published", "read_published", "tables"]
 
@@ -182,9 +182,11 @@ def tables(published: Mapping[str, Published], folder: str) -> str:
 
 
 def _sections(name: str, one: Published, folder: str) -> Iterator[str]:
-    for variant in one.variants.values():
+    for title, variant in one.variants.items():
         pool, target = (_plain(", ".join(text.names)) for text in (variant.texts.pool, variant.texts.upper))
-        yield f"## {pool}, for {target}"
+        yield f"## {pool}, for {target}" + ("" if title == "base" else f": {_plain(title)}")
+        if variant.settings:
+            yield "Differs from the one above in " + _plain("; ".join(f"{k}: {v}" for k, v in variant.settings.items()))
         yield _made_of(one, variant) + f" [All figures]({folder}/{name}.json)."
         yield _plain(" ".join(variant.verdict))
         yield "\n".join(_rows(variant))
@@ -206,21 +208,14 @@ def _made_of(one: Published, variant: _Variant) -> str:
 
 
 def _rows(variant: _Variant) -> Iterator[str]:
-    yield "| arm | loss | minus random | minus full | FLOPs of choosing | FLOPs, times random's | choosing | training |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| arm | loss | minus random | minus full | FLOPs, times random's | time of choosing |"
+    yield "|---|---|---|---|---|---|"
     arms = {arm: figures.model_dump() for arm, figures in variant.arms.items()}
     for arm in sorted(arms, key=lambda arm: arms[arm]["loss"]["mean"]):
         own = arms[arm]
-        cells = [
-            _plain(arm),
-            decimal(own["loss"]["mean"], 3),
-            interval(own["minus_random"]),
-            interval(own["minus_full"]),
-        ]
-        cost = own["cost"]
-        spent = [power(cost["choosing"]["flops"]["mean"]), decimal(cost_ratio(arms, arm), 2)]
-        spent += [duration(cost[part]["seconds"]["mean"]) for part in ("choosing", "training")]
-        yield f"| {' | '.join([*cells, *(['–'] * 4 if arm == 'warm' else spent)])} |"
+        losses = [decimal(own["loss"]["mean"], 3), interval(own["minus_random"]), interval(own["minus_full"])]
+        spent = [decimal(cost_ratio(arms, arm), 2), duration(own["cost"]["choosing"]["seconds"]["mean"])]
+        yield f"| {' | '.join([_plain(arm), *losses, *(['–'] * 2 if arm == 'warm' else spent)])} |"
 
 
 def _plain(text: str) -> str:
