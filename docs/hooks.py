@@ -1,4 +1,4 @@
-"""What the site is given while it is built: pages of commands and settings, the JSON Schema, formulas as MathML."""
+"""What the site is given while it is built: commands, settings, public results, the JSON Schema, formulas as MathML."""
 
 import json
 import re
@@ -14,6 +14,7 @@ from pydantic import BaseModel
 OUTSIDE = re.compile(r"(?<!!)\[(?P<text>[^\]]+)\]\((?P<to>(?:\.\./)+[\w./-]*)\)")
 LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=\"(?:https?:)?//[^\"]+", re.IGNORECASE)
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$`\w])\$(?P<line>[^$\n]+?)\$(?![\w`])", re.DOTALL)
+RESULTS = "<!-- tables of results/public/*.json -->"
 FUNCTION = re.compile(r"`(?P<name>bilect(?:\.\w+){2,})`")
 
 
@@ -32,11 +33,29 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Formulas as MathML, functions as links to their docstrings; links to files of the repository become text."""
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    """Formulas as MathML, functions as links, results as tables; links to files of the repository become text."""
+    if RESULTS in markdown:
+        markdown = markdown.replace(RESULTS, _results(Path(config.docs_dir)))
     if page.file.src_uri == "equations.md":
         markdown = FORMULA.sub(_mathml, FUNCTION.sub(r"[\g<0>][\g<name>]", markdown))
     return OUTSIDE.sub(lambda link: link[0] if _in_docs(page, link["to"]) else link["text"], markdown)
+
+
+def _results(docs: Path) -> str:
+    """Tables of the comparisons that people have added.
+
+    Raises:
+        PluginError: a file there is none, in one line.
+    """
+    from bilect.compare.published import read_published, tables
+    from bilect.errors import BilectError
+
+    folder = "results/public"
+    try:
+        return tables(read_published(docs / folder), folder)
+    except BilectError as error:
+        raise PluginError(f"{folder}: {error}") from error
 
 
 def _in_docs(page: Any, to: str) -> bool:

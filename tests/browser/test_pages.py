@@ -77,6 +77,41 @@ def test_a_phone_shows_every_column(name: str, written: dict[str, Path], browser
     assert titles and all(title not in ("none", '""') for title in titles)  # each value says what it is
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "hostile"])
+def test_a_wide_screen_shows_every_column_and_no_name_in_pieces(
+    name: str, written: dict[str, Path], browser: Opened
+) -> None:
+    page = browser.open(written[name].as_uri(), 1280)
+    for summary in page.locator("summary").all():
+        summary.evaluate("element => { element.parentElement.open = true }")
+    cut = page.evaluate(
+        """() => [...document.querySelectorAll(".scroll > table")]
+            .filter((table) => table.scrollWidth > table.parentElement.clientWidth + 1)
+            .map((table) => table.textContent)"""
+    )
+    assert cut == []
+    broken = page.evaluate(
+        """() => [...document.querySelectorAll("table :is(thead th, tbody th:first-child), dt")].filter((cell) => {
+            const lines = new Set(), texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+            for (const range = document.createRange(); texts.nextNode();) {
+                range.selectNodeContents(texts.currentNode);
+                for (const box of range.getClientRects()) lines.add(Math.round(box.bottom / 8));
+            }
+            return cell.offsetParent && lines.size > cell.textContent.trim().split(/[\\s-]+/).length;
+        }).map((cell) => cell.textContent)"""
+    )
+    assert broken == []
+
+
+@pytest.mark.parametrize("name", ["report", "comparison"])
+def test_paper_shows_every_column(name: str, written: dict[str, Path], browser: Opened) -> None:
+    page = browser.open(written[name].as_uri(), 672, "dark")  # A4 without the page's margins
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 672
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 254)"  # ink on paper
+    assert not page.locator("nav").is_visible() and page.locator("table").first.is_visible()
+
+
 def test_the_explorer_by_keyboard(written: dict[str, Path], browser: Opened) -> None:
     page = browser.open(written["report"].as_uri())
     data = json.loads(page.locator("[data-documents]").inner_text() or page.locator("[data-documents]").text_content())

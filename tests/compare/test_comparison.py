@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from bilect.compare import comparison as module
+from bilect.compare import figures
 from bilect.compare.collect import Arm, Point
 from bilect.compare.comparison import compare_runs, csv_text
 from bilect.compare.page import render
 from bilect.compare.verdict import cost_ratio, verdict
+from bilect.report import lines
 
 SEEDS = (0, 1, 2)
 START = {"math": 6.0, "other": 8.0}
@@ -39,7 +41,13 @@ def runs(bliss=(4.0, 4.1, 4.3), random=(5.0, 5.2, 5.1), full=(4.9, 5.1, 5.0)):
 
 
 def compared(monkeypatch, seeds, loss_on="math"):
-    settings = SimpleNamespace(compare=SimpleNamespace(loss_on=loss_on), selection=SimpleNamespace(keep_ratio=0.2))
+    of_runs = {
+        "compare": SimpleNamespace(loss_on=loss_on),
+        "selection": SimpleNamespace(keep_ratio=0.2),
+        "device": "cpu",
+    }
+    settings = SimpleNamespace(**of_runs)
+    monkeypatch.setattr(module, "setting", lambda cell: {})  # of a run: tests/compare/test_published.py
     cells = [SimpleNamespace(variant="base", config=SimpleNamespace(seed=s, **vars(settings))) for s in SEEDS]
     monkeypatch.setattr(module, "collect", lambda cell: seeds[cell.config.seed])
     return compare_runs(cells, {})
@@ -117,3 +125,17 @@ def test_the_page_shows_every_arm_and_escapes_names(base):
     assert "−0.967 ± 0.379" in page  # 4.302653 times the standard error of -1, -1.1 and -0.8
     assert page.count("<script") <= 1 and "script-src 'sha256-" in page  # the page's own script, and no other, may run
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_an_arm_has_its_colour_in_the_curves_too(base, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "lines_figure", lambda name, panels, text: drawn.extend(panels))
+    figures.curves_figure("curves", {arm: f for arm, f in base["variants"]["base"]["arms"].items() if arm != "warm"})
+    assert [panel.inks for panel in drawn] == [{"bliss": "ours", "random": "random", "full": "full"}] * 2
+
+
+def test_lines_without_a_colour_take_those_that_are_left():
+    inks = {"excess": "ours", "random": "random", "full": "full"}
+    styles = lines._styles(["random", "excess", "full", "dsir", *map(str, range(11))], inks)
+    assert {name: styles[name] for name in inks} == {name: (ink, "-") for name, ink in inks.items()}
+    assert styles["dsir"] == ("other", "-") and len(set(map(str, styles.values()))) == len(styles)

@@ -38,6 +38,22 @@ def small() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def small_init(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bilect init` starts from settings sized for seconds."""
+    from bilect.config import template
+
+    starting_values = template.starting_values
+
+    def tiny(*roles: Any) -> dict[str, Any]:
+        training = {"steps": 4, "batch_size": 2, "decay_steps": 2}
+        changes = {"models": SIZES["models"], "training": training, "warmup": {"proxy": training, "target": training}}
+        values = starting_values(*roles)
+        return {**values, **changes, "data": {**values["data"], "context": 48, "vocab_size": 320}}
+
+    monkeypatch.setattr(template, "starting_values", tiny)
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, small: None) -> Path:
     """With a finished choice, `kept/`, and a finished run, `runs/mine`."""

@@ -379,9 +379,11 @@ def test_the_command_prints_a_table_and_writes_both_files(corpus, finished, tmp_
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(small(corpus)))
     defaults = {**studies.run_retraining.__kwdefaults__, "variants": TWO}
     monkeypatch.setattr(studies.run_retraining, "__kwdefaults__", defaults)
-    done = CliRunner().invoke(
-        app, ["verify", "--out", str(out), "--retrain", str(tmp_path / "c.yaml"), "--subsets", "4", "--candidates",
-              "24", "--seeds", "2", "--workers", "1"], catch_exceptions=False
-    )  # fmt: skip
+    words = ["verify", "--out", str(out), "--retrain", str(tmp_path / "c.yaml"), "--subsets", "4", "--candidates", "24",
+             "--seeds", "2", "--workers", "1"]  # fmt: skip
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0 and "minus bliss adam" in done.output and "spread over halves" in done.output
     assert len(json.loads((out / "retrain.json").read_text())["candidates"]) == 24 and (out / "retrain.html").is_file()
+    as_json = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False)
+    assert as_json.exit_code == 0 and as_json.stdout.count("\n") == 1 and "spread over halves" in as_json.stderr
+    assert json.loads(as_json.stdout) == json.loads((out / "retrain.json").read_text())

@@ -94,6 +94,20 @@ def test_a_missed_claim_fails_the_command(
     assert "1 of 2 claims fail" in html and "&lt;b&gt;&amp;" in html and "<b>" not in html
 
 
+def test_json_is_the_result_and_the_exit_code_the_verdict(
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = [Claim("implicit", "holds", 1.0, "theory", low=0.5), Claim("implicit", "missed", 0.1, "theory", low=0.5)]
+    for found, code in ((claims, 1), (claims[:1], 0)):
+        monkeypatch.setattr(run, "study", lambda sizes, console, found=found: (read(quick)["figures"], found))
+        done = CliRunner().invoke(app, ["verify", "--quick", "--out", str(tmp_path), "--json"])
+        assert done.exit_code == code and done.stdout.count("\n") == 1
+        result = json.loads(done.stdout)
+        assert result == read(tmp_path) and result["passed"] is (code == 0)
+        assert [c["value"] for c in result["claims"]] == [c.value for c in found]
+        assert "What must hold" in done.stderr  # the tables, for people
+
+
 def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = CliRunner().invoke(app, ["verify", "--out", str(tmp_path / "file")])

@@ -346,7 +346,9 @@ def evaluate(
 @app.command()
 @shown
 def compare(
-    config: Annotated[Path, typer.Argument(help="Config (YAML) of a run; its controls are what is compared.")],
+    config: Annotated[
+        Path, typer.Argument(help="Config (YAML) of a run with what to compare as its controls; or `demo`.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder; an unfinished comparison there goes on.")],
     overrides: Overrides = None,
     dry_run: DryRun = False,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from bilect.config import Config, load_config
@@ -154,7 +155,7 @@ def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str]
     from bilect.compare import compare
 
     console = PlainConsole()
-    config = load_config(config_file, overrides)
+    config = _compared(config_file, out, overrides)
     comparison = compare(config, out, lambda line: console.print(line, style="dim"), repeat=repeat)
     for name, variant in comparison["variants"].items():
         console.print(_comparison_table(name, variant))
@@ -163,17 +164,31 @@ def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str]
     return {"out": out, "page": out / "comparison.html", **comparison}
 
 
+def _compared(config_file: Path, folder: Path, overrides: Sequence[str]) -> Config:
+    """The settings of a comparison: of a file, or of the demo, whose text is then written below ``folder``."""
+    if str(config_file) != "demo" or config_file.is_file():
+        return load_config(config_file, overrides)
+    from bilect.demo.corpus import build_demo_corpus
+    from bilect.demo.settings import demo_comparison
+
+    config = demo_comparison((folder / "data").resolve(), overrides)  # wrong settings before anything is written
+    make_folder(folder)
+    build_demo_corpus(folder.resolve() / "data")
+    return config
+
+
 def plan_comparison(config_file: Path, out: Path, overrides: Sequence[str]) -> "Result":
     """``bilect compare --dry-run``: what is left of each variant, and what it costs."""
     from rich.table import Table
 
     from bilect.compare.plan import plan_cells
 
-    config = load_config(config_file, overrides)
     table = Table(title=f"Plan of {out}: nothing is written")
     for name in ("variant", "runs", "stages left", "TFLOPs", "about"):
         table.add_column(name, justify="left" if name == "variant" else "right")
-    lines = plan_cells(config, out)
+    with TemporaryDirectory() as scratch:  # of the demo's text, where it is not written yet
+        there = out if (out / "data").is_dir() else Path(scratch)
+        lines = plan_cells(_compared(config_file, there, overrides), out)
     for line in lines:
         table.add_row(line.variant, str(line.runs), str(line.stages), f"{line.flops / 1e12:,.2f}",
                       _duration(line.seconds))  # fmt: skip

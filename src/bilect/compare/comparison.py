@@ -8,6 +8,7 @@ from typing import Any
 
 from bilect.compare.cells import Cell
 from bilect.compare.collect import Arm, collect
+from bilect.compare.provenance import machine, nameless, program, setting
 from bilect.compare.statistics import estimate, speedup
 from bilect.compare.verdict import verdict
 
@@ -27,7 +28,8 @@ def compare_runs(cells: Sequence[Cell], settings: Mapping[str, Mapping[str, Any]
     By variant and arm: ``loss`` (held-out, of the decayed model, on the set that decides), its paired differences from
     ``random`` and ``full``, and every held-out set, each as ``statistics.estimate``; ``speedup``, how many times fewer
     tokens or FLOPs than random it takes to come down to random's final loss on the learning curves; costs; shares
-    by source; learning curves; ``overlap``, the Jaccard index of what any two arms kept.
+    by source; learning curves; ``overlap``, the Jaccard index of what any two arms kept. Beside them stands what they
+    were made of and on (``provenance``), so that the file can be shown to others as it is (``published``).
 
     Args:
         cells: all runs, finished.
@@ -36,8 +38,11 @@ def compare_runs(cells: Sequence[Cell], settings: Mapping[str, Mapping[str, Any]
     variants = {}
     for name in dict.fromkeys(cell.variant for cell in cells):
         own = [cell for cell in cells if cell.variant == name]
-        variants[name] = {"settings": dict(settings.get(name, {})), **_variant(own, [collect(c) for c in own])}
-    return {"schema": 1, "seeds": list(dict.fromkeys(c.config.seed for c in cells)), "variants": variants}
+        given = {"settings": nameless(settings.get(name, {})), **setting(own[0])}
+        variants[name] = {**given, **_variant(own, [collect(c) for c in own])}
+    gpus = any(cell.config.device != "cpu" for cell in cells)
+    seeds = list(dict.fromkeys(c.config.seed for c in cells))
+    return {"schema": 2, "bilect": program(), "machine": machine(gpus), "seeds": seeds, "variants": variants}
 
 
 def csv_text(comparison: Mapping[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """The figures of the comparison page: gains with intervals, cost against gain, learning curves, shares, overlap."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bilect.compare.verdict import cost_ratio
+from bilect.report.figures import name_points
 from bilect.report.lines import Lines, lines_figure
 from bilect.report.svg import COLOURS, drawing, label, new_figure, to_svg
 
@@ -15,7 +16,7 @@ _OWN = ("random", "full", "blade", "rho1", "random-token")
 def gains_figure(name: str, arms: Mapping[str, Any]) -> str:
     """Difference from random of each arm: every seed, the mean, and its 95% interval."""
     rows = {arm: arms[arm]["minus_random"] for arm in arms if arm not in ("warm", "random")}
-    return _intervals(name, rows, {arm: _colour(arm) for arm in rows})
+    return _intervals(name, rows, {arm: COLOURS[ink] for arm, ink in _inks(arms).items()})
 
 
 def variants_figure(name: str, rows: Mapping[str, Any]) -> str:
@@ -49,10 +50,12 @@ def cost_figure(name: str, arms: Mapping[str, Any]) -> str:
         figure = new_figure(3.2)
         axes = figure.add_subplot(xlabel="FLOPs of choosing and training, times random's",
                                   ylabel="held-out loss minus random's")  # fmt: skip
+        inks, points = _inks(arms), dict[str, tuple[float, float]]()
         for arm in (a for a in arms if a != "warm"):
             x, y = cost_ratio(arms, arm), arms[arm]["minus_random"]["mean"] or 0.0
-            axes.plot([x], [y], "o", color=_colour(arm), markersize=6)
-            axes.annotate(label(arm), (x, y), (6, 3), textcoords="offset points", color=COLOURS["ink"])
+            axes.plot([x], [y], "o", color=COLOURS[inks[arm]], markersize=6)
+            points[label(arm)] = (x, y)
+        name_points(axes, points)
         axes.axhline(0, color=COLOURS["muted"], linewidth=0.8)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -64,15 +67,15 @@ def cost_figure(name: str, arms: Mapping[str, Any]) -> str:
 
 def curves_figure(name: str, arms: Mapping[str, Any]) -> str:
     """Held-out loss along the training, against tokens and against FLOPs with those of choosing."""
-    order = [arm for arm in ("bliss", "random", "full") if arm in arms]  # their colours are fixed
-    shown = {arm: arms[arm] for arm in dict.fromkeys([*order, *arms]) if arms[arm]["curve"]}
+    shown = {arm: figures for arm, figures in arms.items() if figures["curve"]}
+    inks = {arm: ink for arm, ink in _inks(shown).items() if ink != "other"}
     tokens, flops = dict[str, list[tuple[float, float]]](), dict[str, list[tuple[float, float]]]()
     for arm, f in shown.items():
         rate = f["cost"]["training"]["flops"]["mean"] / f["tokens"]
         tokens[arm] = [(p["tokens"] / 1e6, p["mean"]) for p in f["curve"]]
         flops[arm] = [((p["choosing_flops"] + rate * p["tokens"]) / 1e12, p["mean"]) for p in f["curve"]]
     panels = [
-        Lines(f"against {what}", x, "held-out loss", series, log_x=False, zero=False)
+        Lines(f"against {what}", x, "held-out loss", series, log_x=False, zero=False, inks=inks)
         for what, x, series in (("tokens", "million tokens", tokens),
                                 ("FLOPs, choosing included", "TFLOPs", flops))
     ]  # fmt: skip
@@ -102,5 +105,7 @@ def heat_figure(name: str, values: Mapping[str, Mapping[str, float]], columns: S
         return to_svg(figure, name, description)
 
 
-def _colour(arm: str) -> str:
-    return COLOURS[arm if arm in _OWN else "ours"]
+def _inks(arms: Iterable[str]) -> dict[str, str]:
+    """Name of each arm's colour; what the comparison is about is its first method."""
+    first = next((arm for arm in arms if arm not in ("warm", *_OWN)), "")
+    return {arm: arm if arm in _OWN else "ours" if arm == first else "other" for arm in arms}

@@ -8,13 +8,13 @@ from bilect.compare.verdict import cost_ratio
 from bilect.report import wording
 from bilect.report.page import render_template
 
-__all__ = ["render"]
+__all__ = ["interval", "render"]
 
 
 def render(comparison: Mapping[str, Any]) -> str:
     """HTML of a ``comparison.json``."""
     filters = {name: getattr(wording, name) for name in ("decimal", "percent", "power", "duration")}
-    filters["interval"] = _interval
+    filters["interval"] = interval
     return render_template(
         "compare/template.html.j2",
         filters,
@@ -71,7 +71,7 @@ def _against_base(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     return shown
 
 
-def _interval(value: Mapping[str, Any] | None) -> str:
+def interval(value: Mapping[str, Any] | None) -> str:
     """Mean and half the width of the 95% interval."""
     if not value or value["mean"] is None:
         return wording.DASH

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def _loss_bars(axes: Axes, losses: Mapping[str, float], rows: int, main: str) ->
     anchor = losses.get("random", high)
     span = max(high - low, 1e-3)
     for y, (arm, loss) in enumerate(sorted(losses.items(), key=_value)):
-        colour = arm_colour(arm, main)
+        colour = COLOURS[arm_ink(arm, main)]
         axes.barh(y, loss - anchor, left=anchor, height=0.46, color=colour)
         if loss == anchor:
             axes.plot([loss], [y], "o", color=colour, markersize=6)
@@ -70,9 +70,9 @@ def _difference_bars(axes: Axes, by_set: Mapping[str, float], rows: int, subject
     axes.set_title(f"{subject} minus random, by set")
 
 
-def arm_colour(arm: str, main: str) -> str:
-    """The colour that an arm has everywhere on the page."""
-    return COLOURS["ours"] if arm == main else COLOURS.get(arm, COLOURS["other"])
+def arm_ink(arm: str, main: str) -> str:
+    """Name of the colour that an arm has everywhere on the page."""
+    return "ours" if arm == main else arm if arm in COLOURS else "other"
 
 
 def _value(pair: tuple[str, float]) -> tuple[float, str]:
@@ -197,9 +197,8 @@ def bought_figure(arms: Mapping[str, tuple[float, float]], main: str) -> Svg:
             xlabel="FLOPs of choosing and training, times random's", ylabel="held-out loss below random's"
         )
         for arm, (x, y) in arms.items():
-            axes.plot([x], [y], "o", color=arm_colour(arm, main), markersize=6)
-            at: dict[str, Any] = {"xytext": (6, 4), "textcoords": "offset points", "color": COLOURS["ink"]}
-            axes.annotate(LONG_ARMS.get(arm) or label(arm, 22), (x, y), **at)
+            axes.plot([x], [y], "o", color=COLOURS[arm_ink(arm, main)], markersize=6)
+        name_points(axes, {LONG_ARMS.get(arm) or label(arm, 22): at for arm, at in arms.items()})
         axes.axhline(0, color=COLOURS["muted"], linewidth=0.8)
         _log_x(axes)
         axes.margins(x=0.2, y=0.2)
@@ -208,6 +207,16 @@ def bought_figure(arms: Mapping[str, tuple[float, float]], main: str) -> Svg:
             f"{LONG_ARMS.get(a) or label(a, 40)} {signed(y)} at {x:.2f} times" for a, (x, y) in arms.items()
         )
         return to_svg(figure, "bought", f"Gain over random against FLOPs. {label(text, 600)}.")
+
+
+def name_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names beside their points: above them, or below where the next higher point is so near that names would meet."""
+    heights = [y for _, y in points.values()]
+    near, before = 0.08 * (max(heights) - min(heights)), (np.nan, np.nan, False)
+    for text, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
+        below = abs(np.log(x / before[0])) < 0.3 and before[1] - y < near and not before[2]
+        axes.annotate(text, (x, y), (6, -11 if below else 4), textcoords="offset points", color=COLOURS["ink"])
+        before = (x, y, below)
 
 
 def _log_x(axes: Axes) -> None:

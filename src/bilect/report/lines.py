@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -10,7 +10,7 @@ from bilect.report.svg import COLOURS, Svg, drawing, new_figure, to_svg
 
 __all__ = ["Lines", "group", "lines_figure"]
 
-_INKS = ("ours", "random", "full", "worse", "warm", "ink")
+_INKS = ("ours", "random", "full", "other", "worse", "warm", "ink")
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 
 
@@ -18,7 +18,7 @@ _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 class Lines:
     """One pair of axes: title, axis labels, named lines of (x, y), which axes are logarithmic, whether y shows 0.
 
-    The line called `main` has the colour of what the page is about, the others those after it.
+    A line in `inks` has the colour that it has elsewhere on the page; the others have those that are left, in order.
     """
 
     title: str
@@ -28,7 +28,7 @@ class Lines:
     log_x: bool = True
     log_y: bool = False
     zero: bool = True
-    main: str = ""
+    inks: Mapping[str, str] = field(default_factory=dict)
 
 
 def group(
@@ -43,8 +43,8 @@ def group(
 
 def lines_figure(name: str, panels: Sequence[Lines], description: str) -> Svg:
     """All axes in rows of two, one legend for all: the same name has the same line everywhere."""
-    names = list(dict.fromkeys([p.main for p in panels if p.main] + [key for p in panels for key in p.series]))
-    names = [name for name in names if any(name in p.series for p in panels)]
+    names = list(dict.fromkeys(key for p in panels for key in p.series))
+    styles = _styles(names, {key: ink for p in panels for key, ink in p.inks.items()})
     from matplotlib.ticker import NullLocator
 
     with drawing(name):
@@ -58,10 +58,9 @@ def lines_figure(name: str, panels: Sequence[Lines], description: str) -> Svg:
             )
             for key, line in panel.series.items():
                 drawn = [(x, y) for x, y in line if math.isfinite(y) and (y > 0 or not panel.log_y)]
-                n = names.index(key)
                 (handles[key],) = axes.plot(
                     [x for x, _ in drawn], [y for _, y in drawn], linewidth=1.4, marker="o", markersize=2.5, label=key,
-                    color=COLOURS[_INKS[n % len(_INKS)]], linestyle=_DASHES[n // len(_INKS) % len(_DASHES)],
+                    color=COLOURS[styles[key][0]], linestyle=styles[key][1],
                 )  # fmt: skip
             heights = [y for line in panel.series.values() for _, y in line if math.isfinite(y) and y > 0]
             if panel.log_y and heights and max(heights) < 1.001 * min(heights):  # no range that a scale could show
@@ -79,3 +78,11 @@ def lines_figure(name: str, panels: Sequence[Lines], description: str) -> Svg:
             axes.grid(axis="y")
         figure.legend(handles=[handles[key] for key in names], loc="outside lower center", ncols=3)
         return to_svg(figure, name, description)
+
+
+def _styles(names: Sequence[str], inks: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    """Colour and dashes of each line, no two alike as long as there are enough of them."""
+    left = [ink for ink in _INKS if ink not in {inks[name] for name in names if name in inks}]
+    free = [name for name in names if name not in inks]
+    styles = {name: (left[n % len(left)], _DASHES[n // len(left) % len(_DASHES)]) for n, name in enumerate(free)}
+    return {name: styles.get(name) or (inks[name], _DASHES[0]) for name in names}

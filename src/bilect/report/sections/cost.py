@@ -38,10 +38,10 @@ def _bought(run: RunFiles) -> list[Block]:
         return []
     columns = [
         Column("Data", arm=True),
-        Column("Choosing", wording.duration),
-        Column("FLOPs", wording.power),
-        Column("Training", wording.duration),
-        Column("FLOPs", wording.power),
+        Column("Choosing: time", wording.duration),
+        Column("Choosing: FLOPs", wording.power),
+        Column("Training: time", wording.duration),
+        Column("Training: FLOPs", wording.power),
         Column("Both, times random’s", lambda v: wording.decimal(v, 2)),
         Column("Loss below random’s", wording.signed),
     ]

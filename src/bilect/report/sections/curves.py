@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from bilect.report.blocks import Block, Plot, Section, gaps
+from bilect.report.figures import arm_ink
 from bilect.report.inputs import RunFiles, mapping, number, numbers
 from bilect.report.lines import Lines, lines_figure
 from bilect.report.wording import arm_name
@@ -19,9 +20,10 @@ def build(run: RunFiles) -> Section | None:
         return None
     training = {arm: curve for arm in run.arms if (curve := read_curve(run, arm, "training.jsonl"))}
     heldout = {arm: curve for arm in run.arms if (curve := read_curve(run, arm, "heldout.jsonl"))}
+    inks = {arm_name(a): ink for a in run.arms if (ink := arm_ink(a, run.main)) != "other"}
     panels = [
         Lines(title, "training step", "loss, nats per token", {arm_name(a): c for a, c in found.items()}, log_x=False,
-              zero=False, main=arm_name(run.main))
+              zero=False, inks=inks)
         for title, found in (("In training", training), ("Held out", heldout)) if found
     ]  # fmt: skip
     if not panels:
