@@ -29,6 +29,9 @@ _FULL_SIGNS = (*map(os.strerror, _FULL), *(f"os error {number}" for number in _F
 _READ_ONLY_SIGNS = (os.strerror(errno.EROFS), f"os error {errno.EROFS}")
 
 
+_LOST_RANK_SIGNS = ("Connection closed by peer", "gloo/transport", "ncclRemoteError")
+
+
 class BilectError(Exception):
     """Something the user can put right: bad input, a bad setting, a missing extra.
 
@@ -79,6 +82,8 @@ def explain(error: BaseException) -> str | None:
             return f"the disk is read-only ({text})"
         if isinstance(link, FileNotFoundError) and "temporary directory" in text:
             return "no folder for temporary files can be written; set TMPDIR to one that can"
+        if type(link).__name__.startswith("Dist") or any(sign in text for sign in _LOST_RANK_SIGNS):
+            return "another rank has ended, and says why itself unless it was killed; the same command goes on"
         if type(link).__name__ == "OutOfMemoryError":
             return f"out of memory on the device ({text.split('.')[0]}); lower the batch sizes or use bf16"
     return None

@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -158,29 +155,3 @@ def test_help_is_quick():
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "bilect.cli", "--help"], check=True, capture_output=True, timeout=60)
     assert min(first, time.perf_counter() - start) < 2.0  # a second on a quiet machine
-
-
-def test_two_ranks_run_the_pipeline(corpus, tmp_path):
-    """In the environment that torchrun gives its processes; the launcher itself would be a third import of torch."""
-    config_file, out = tmp_path / "config.yaml", tmp_path / "out"
-    settings = tiny_settings(corpus)
-    settings["training"]["steps"] = 12
-    config_file.write_text(yaml.safe_dump(settings))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "bilect.cli", "run", str(config_file), "--out", str(out)]
-    ranks = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=280) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["tokens"]["bliss"] == (12 + 4) * 4 * 48  # batch_size is of both ranks
-    assert summary["kept_share_by_source"]["maths"] > 0.9
-    assert Path(out / "round-1" / "method" / "metrics.jsonl").read_text().count("\n") == 30

@@ -8,10 +8,11 @@ import difflib
 import importlib
 import pkgutil
 
+from bilect.engines._ranks import Led, Together
 from bilect.engines.contract import Engine, Here
 from bilect.errors import BilectError
 
-__all__ = ["Engine", "Here", "names", "open_engine"]
+__all__ = ["Engine", "Here", "Led", "Together", "names", "open_engine"]
 
 
 def names() -> list[str]:

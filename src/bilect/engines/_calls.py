@@ -12,7 +12,7 @@ from typing import Any
 
 from bilect.errors import BilectError
 
-__all__ = ["Calls", "environment", "serve"]
+__all__ = ["Calls", "environment", "portable", "serve"]
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -45,7 +45,7 @@ class Calls:
             assert self._function is not None
             return True, self._function(item)
         except Exception as error:
-            return False, _portable(error)
+            return False, portable(error)
 
 
 def serve() -> None:
@@ -73,7 +73,7 @@ def _receive(waiting: "SimpleQueue[Any]") -> None:
         os._exit(1)  # at once: a parent that was killed must not leave its workers at work
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """An exception that arrives whole, with its traceback in words."""
     if not isinstance(error, BilectError):
         error.add_note(f"in a worker:\n{traceback.format_exc()}")

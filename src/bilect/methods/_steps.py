@@ -1,6 +1,7 @@
 """A short training of the proxy that a method's scores come from: AdamW on objectives drawn one after the other."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 from bilect.bilevel.objective import Objective, lower_objective, upper_objective
 from bilect.data.batch import IGNORE, Batch, make_batch
 from bilect.data.loading import BatchStream, SetStream, length_bucketed
+from bilect.data.tokens import TokenStore
 from bilect.functional import linear_solve
 from bilect.functional.losses import token_losses
 from bilect.functional.trees import Tree
 from bilect.methods._influence import Adam
 from bilect.methods.contract import Inputs
 from bilect.models.causal_lm import CausalLM
+from bilect.runtime import distributed
 
 __all__ = [
     "LearnedPart",
@@ -139,15 +142,19 @@ def upper_loss(lm: CausalLM, inputs: Inputs, rows: Sequence[np.ndarray], learned
     """f on some rows of each upper set: the weighted mean of their losses per predicted token, in float32."""
     total = 0.0
     for (_, weight, store), own in zip(inputs.upper, rows, strict=True):
-        loss, tokens = 0.0, 0
-        for part in length_bucketed(store.length_R, own, inputs.batch_tokens):
-            batch = make_batch(store.rows(part), inputs.pad_id).to(lm.device)
-            batch = batch if learned == "response" else whole_texts(batch)
-            hidden_ND = batch.predicting(lm.hidden(batch.input_ids_BT))
-            loss += float(token_losses(hidden_ND, lm.head(), batch.labels_N).ce_N.double().sum())
-            tokens += batch.n_predicted
-        total += weight * loss / max(tokens, 1)
+        parts = list(length_bucketed(store.length_R, own, inputs.batch_tokens))
+        found = distributed.spread(partial(_summed_loss, lm, inputs, store, learned), parts)
+        total += weight * sum(loss for loss, _ in found) / max(sum(n for _, n in found), 1)
     return total / sum(weight for _, weight, _ in inputs.upper)
+
+
+def _summed_loss(
+    lm: CausalLM, inputs: Inputs, store: TokenStore, learned: LearnedPart, rows: np.ndarray
+) -> tuple[float, int]:
+    batch = make_batch(store.rows(rows), inputs.pad_id).to(lm.device)
+    batch = batch if learned == "response" else whole_texts(batch)
+    hidden_ND = batch.predicting(lm.hidden(batch.input_ids_BT))
+    return float(token_losses(hidden_ND, lm.head(), batch.labels_N).ce_N.double().sum()), batch.n_predicted
 
 
 def whole_texts(batch: Batch) -> Batch:

@@ -30,6 +30,7 @@ from bilect.methods._score_model import ScoreModelMethod
 from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
 from bilect.models.flops import forward_flops
 from bilect.models.score_model import ScoreModel
+from bilect.runtime import distributed
 from bilect.runtime.checkpoints import Stateful, save_parts
 from bilect.runtime.device import autocast
 from bilect.runtime.progress import Task
@@ -39,6 +40,7 @@ from bilect.selection.scoring import score_rows
 __all__ = ["Amortised", "AmortisedConfig", "Regression"]
 
 LEAST_LABELS, LABELS_AT_ONCE, HELD_OUT = 20, 256, 0.1
+SHARES = 8  # that ranks take of those at once
 PATIENCE = 2  # passes without a better prediction of the held-out labels, then it ends
 
 
@@ -104,7 +106,9 @@ class Amortised(ScoreModelMethod[AmortisedConfig]):
         task.advance(len(labels.values) + regression.done)
         while len(labels.values) < len(rows):
             some = rows[len(labels.values) :][:LABELS_AT_ONCE]
-            labels.values += teacher.score(inputs.pool, some).tolist()
+            shares = np.array_split(some, min(SHARES, len(some)))
+            found = distributed.spread(lambda own: teacher.score(inputs.pool, own), shares)
+            labels.values += np.concatenate(found).tolist()
             save_parts(path, parts)
             task.advance(len(some))
         label_R = torch.tensor(labels.values, dtype=torch.float64)

@@ -24,6 +24,7 @@ from bilect.methods._influence import Adam, document_gradient, warm_adam
 from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
+from bilect.runtime import distributed
 from bilect.runtime.progress import Task
 from bilect.runtime.seeds import derive_seed
 
@@ -93,9 +94,11 @@ class Less(DocumentMethod[LessConfig]):
             yield rate / total, lm, last_blocks(lm, self.config.blocks), warm_adam(folder, model)
 
     def _upper_gradient(self, lm: CausalLM, names: list[str], store: TokenStore) -> Tensor:
-        gradients = (_flat(document_gradient(lm, store.row(i), self.inputs.pad_id, names)) for i in range(len(store)))
-        total_P = sum(gradients, start=torch.zeros((), device=lm.device))
-        return total_P / len(store)
+        params = lm.params()
+        total_P = torch.zeros(sum(params[name].numel() for name in names), device=lm.device)
+        for i in distributed.own_part(range(len(store))):
+            total_P += _flat(document_gradient(lm, store.row(i), self.inputs.pad_id, names))
+        return distributed.sum_tree({"": total_P})[""] / len(store)
 
     def _project(self, x_BP: Tensor) -> np.ndarray:
         """Features of length 1, float64."""

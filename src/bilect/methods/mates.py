@@ -8,6 +8,7 @@ with a linear head on the warm proxy's trunk; it learns influences brought to me
 in that unit. Yu et al., arXiv 2406.06046, section 3; its Gumbel top-k is ``selection.temperature``.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from bilect.methods.contract import Figures, MethodConfig
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
 from bilect.models.score_model import ScoreModel
+from bilect.runtime import distributed
 from bilect.runtime.checkpoints import save_parts
 from bilect.runtime.device import autocast
 from bilect.runtime.progress import Task
@@ -36,6 +38,7 @@ from bilect.runtime.seeds import derive_seed
 
 __all__ = ["Mates", "MatesConfig", "Probe"]
 
+PROBES_AT_ONCE = 64  # between two meetings of the ranks
 LEAST_PROBES, HELD_OUT = 10, 0.1  # the held-out share tells how well the small model predicts
 
 
@@ -73,11 +76,13 @@ class Mates(ScoreModelMethod[MatesConfig]):
         path = inputs.scratch / "probes.pt"
         resume(path, {"probe": probe}, inputs.device)
         task.advance(len(probe.influence))
-        for row in rows[len(probe.influence) :]:
-            probe.measure(inputs.pool.row(row))
+        at_once = math.gcd(inputs.checkpoint_every, PROBES_AT_ONCE)
+        for first in range(len(probe.influence), len(rows), at_once):
+            some = rows[first : first + at_once].tolist()
+            probe.influence += distributed.spread(lambda row: probe.measure(inputs.pool.row(row)), some)
             if len(probe.influence) % inputs.checkpoint_every == 0:
                 save_parts(path, {"probe": probe})
-            task.advance(1)
+            task.advance(len(some))
         save_parts(path, {"probe": probe})
         value_R = standardise(torch.tensor(probe.influence, dtype=torch.float64)).float()
         held_out = max(round(HELD_OUT * len(rows)), 2)
@@ -132,11 +137,11 @@ class Probe:
         self.before = self._upper_loss(self.params)
         self.influence: list[float] = []
 
-    def measure(self, document: Row) -> None:
-        """One step on a document from the warm model, and what it does to f."""
+    def measure(self, document: Row) -> float:
+        """What one step on a document from the warm model takes off f."""
         gradient = document_gradient(self.lm, document, self.pad_id, list(self.params))
         after = add_scaled(self.params, self.adam.direction(gradient), -self.learning_rate)
-        self.influence.append(self.before - self._upper_loss(after))
+        return self.before - self._upper_loss(after)
 
     def state_dict(self) -> dict[str, Any]:
         """The influences; all else is given."""

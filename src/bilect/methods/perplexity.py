@@ -16,12 +16,15 @@ from pydantic import Field, PositiveInt
 from bilect.data.tokens import TokenStore
 from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
 from bilect.models.flops import forward_flops
+from bilect.runtime import distributed
 from bilect.runtime.device import autocast
 from bilect.runtime.progress import Task
 from bilect.runtime.seeds import derive_seed
 from bilect.training.evaluation import document_losses
 
 __all__ = ["Perplexity", "PerplexityConfig"]
+
+PART = 256  # documents of the sample whose losses one rank takes at a time
 
 
 class PerplexityConfig(MethodConfig):
@@ -59,7 +62,8 @@ class Perplexity(DocumentMethod[PerplexityConfig]):
         inputs = self.inputs
         generator = np.random.default_rng(derive_seed(inputs.seed, "perplexity"))
         sample = generator.permutation(inputs.rows)[: self.config.sample]
-        self.losses = np.sort(self._losses(inputs.pool, sample))
+        parts = np.array_split(sample, max(-(-len(sample) // PART), 1))
+        self.losses = np.sort(np.concatenate(distributed.spread(lambda rows: self._losses(inputs.pool, rows), parts)))
         return {"flops": self.score_flops(inputs.pool, sample)}
 
     def _losses(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:

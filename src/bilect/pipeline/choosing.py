@@ -10,14 +10,12 @@ import numpy as np
 
 from bilect.config import SelectionConfig
 from bilect.data.tokens import TokenStore
-from bilect.engines import Here
 from bilect.errors import BilectError, DivergedError
 from bilect.methods import load, methods_of
 from bilect.methods.contract import DocumentMethod, Inputs
-from bilect.pipeline.context import Figures, RunContext
+from bilect.pipeline.context import Figures, RunContext, on_main
 from bilect.pipeline.last_good import keep_last_good
 from bilect.pipeline.texts import pool_inputs
-from bilect.runtime import distributed
 from bilect.runtime.files import write_json
 from bilect.runtime.seeds import derive_seed
 from bilect.selection.originals import write_records
@@ -62,7 +60,7 @@ def score_rows(
     tokens = int(pool.length_R[rows].sum())
     scorer = _Scorer(fitted, pool)
     with run.progress.task(title, tokens, unit="tokens") as task:
-        write_scores(scorer, pool, rows, out, task.advance, run.engine if distributed.world_size() == 1 else None)
+        write_scores(scorer, pool, rows, out, task.advance, run.together)
     return {"tokens": tokens, "flops": scorer.method.score_flops(pool, rows)}
 
 
@@ -88,11 +86,10 @@ def _fitted(run: RunContext, scratch: Path, arm: str, number: int) -> DocumentMe
     return load(run.root / run.arm_folder(arm, number) / SAVED, _inputs(run, arm, number, scratch / ".fit"))
 
 
+@on_main
 def select(run: RunContext, scratch: Path, arm: str, number: int) -> Figures:
     """Keep the top: a table with text, what the run is about also as the records that they were; account for it."""
     config, clusters = run.config, run.clusters()
-    if not distributed.is_main():
-        return {}
     folder, pool = run.arm_folder(arm, number), run.pool()
     method = methods_of(config)[arm]
     assert isinstance(method, DocumentMethod)
@@ -159,5 +156,5 @@ def _inputs(run: RunContext, arm: str, number: int, scratch: Path, log: Path | N
         bf16=config.fit.bf16,
         batch_tokens=config.score_batch_tokens,
         checkpoint_every=config.checkpoint_every,
-        engine=run.engine if distributed.world_size() == 1 else Here(),
+        engine=run.together,
     )

@@ -1,11 +1,12 @@
 """What every stage is given: the run directory, the config, the progress display, and how to read earlier results."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from bilect.config import Config
 from bilect.data.sources import set_name
 from bilect.data.store import Naming
 from bilect.data.tokens import TokenStore
-from bilect.engines import Engine, Here
+from bilect.engines import Engine, Here, Led, Together
 from bilect.models.loading import load_causal_lm, load_tokenizer
 from bilect.runtime import distributed
 from bilect.runtime.device import pick_device
@@ -23,9 +24,19 @@ from bilect.runtime.progress import Progress, SilentProgress
 from bilect.runtime.seeds import derive_seed
 from bilect.selection.near_duplicates import cluster_file
 
-__all__ = ["WARM_TARGET", "Figures", "RunContext", "arm_folder", "find_clusters", "open_pool", "target_folder"]
+__all__ = [
+    "WARM_TARGET",
+    "Figures",
+    "RunContext",
+    "arm_folder",
+    "find_clusters",
+    "on_main",
+    "open_pool",
+    "target_folder",
+]
 
 Figures = dict[str, Any]
+P = ParamSpec("P")
 
 WARM_TARGET = "warmup/target"
 
@@ -49,6 +60,11 @@ class RunContext:
     def for_workers(self) -> "RunContext":
         """The run as a worker sees it, which can be pickled: silent, and with no engine of its own."""
         return RunContext(self.root, self.config, SilentProgress())
+
+    @property
+    def together(self) -> Engine:
+        """Where work of a stage that all ranks are in is shared out."""
+        return self.engine if distributed.world_size() == 1 else Together()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -78,14 +94,11 @@ class RunContext:
         return _excluded(self.pool_note())
 
     def clusters(self) -> Path | None:
-        """Near-duplicates of the pool, looked for by the main rank if that is not done; None where there is no cap."""
+        """Near-duplicates of the pool, looked for if that is not done; None where there is no cap."""
         selection, tokens = self.config.selection, self.root / "tokens"
         if selection.max_per_cluster is None:
             return None
-        if distributed.is_main():
-            find_clusters(tokens, selection.cluster_similarity, self.progress, self.engine)
-        distributed.barrier()
-        return _cluster_path(tokens, selection.cluster_similarity)
+        return find_clusters(tokens, selection.cluster_similarity, self.progress, self.engine)
 
     def upper_sets(self) -> list[tuple[str, float, TokenStore]]:
         """Name, weight and tokens of each target set, in the order of the config."""
@@ -137,6 +150,24 @@ class RunContext:
         if distributed.is_main():
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
+
+
+def on_main(stage: Callable[Concatenate[RunContext, P], Figures]) -> Callable[Concatenate[RunContext, P], Figures]:
+    """A stage that the main rank carries out; the others do what its engine hands them."""
+
+    @wraps(stage)
+    def carried_out(run: RunContext, *args: P.args, **kwargs: P.kwargs) -> Figures:
+        if not isinstance(run.engine, Led):
+            return stage(run, *args, **kwargs)
+        if not distributed.is_main():
+            run.engine.serve()
+            return {}
+        try:
+            return stage(run, *args, **kwargs)
+        finally:
+            run.engine.release()
+
+    return carried_out
 
 
 def open_pool(tokens: Path) -> TokenStore:

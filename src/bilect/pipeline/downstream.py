@@ -2,18 +2,16 @@
 
 from pathlib import Path
 
-from bilect.pipeline.context import Figures, RunContext
-from bilect.runtime import distributed
+from bilect.pipeline.context import Figures, RunContext, on_main
 from bilect.runtime.files import write_json
 from bilect.training.tasks import run_tasks
 
 __all__ = ["evaluate_on_tasks"]
 
 
+@on_main
 def evaluate_on_tasks(run: RunContext, scratch: Path, folder: str) -> Figures:
     """Results of the decayed copy of a target (or of itself, without a decay branch), beside its held-out losses."""
-    if not distributed.is_main():
-        return {}
     tasks = run.config.tasks
     with run.progress.task(f"downstream tasks of {folder}"):
         results, cost = run_tasks(

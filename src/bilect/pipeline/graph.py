@@ -17,7 +17,6 @@ from bilect.methods.contract import DocumentMethod, Method
 from bilect.pipeline import choosing, downstream, texts, training
 from bilect.pipeline.changes import model_content, sources_content
 from bilect.pipeline.context import RunContext
-from bilect.runtime import distributed
 from bilect.runtime.memory import peak_gb, reset_peak
 
 __all__ = ["Command", "Graph", "Stage"]
@@ -65,7 +64,7 @@ class Graph:
         self.methods: dict[str, Method[Any]] = methods_of(context.config)
         self.settings = context.config.model_dump(mode="json")
         warmup = self.settings["warmup"]
-        self.drawing = {"seed": self.config.seed, "ranks": distributed.world_size(),
+        self.drawing = {"seed": self.config.seed,
                         **{f"warmup.{name}": warmup[name] for name in ("share", "candidates")}}  # fmt: skip
         self.shards = {**self.drawing, "rounds": self.config.rounds}
 

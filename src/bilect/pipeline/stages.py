@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from bilect.config import Config
-from bilect.engines import open_engine
+from bilect.engines import Led, open_engine
 from bilect.errors import BilectError
 from bilect.methods import methods_of
 from bilect.methods.contract import DocumentMethod
@@ -104,12 +104,12 @@ def run(
     if main and config.tasks.names and command in ("run", "eval"):
         find_tasks(config.tasks.names, config.tasks.limit)  # likewise
     out = out.resolve()
-    with open_engine(workers=config.workers) as engine, ExitStack() as stack:
+    with Led() if distributed.world_size() > 1 else open_engine(workers=config.workers) as engine, ExitStack() as stack:
         context = RunContext(out, config, progress if progress is not None and main else SilentProgress(), engine)
         inputs = texts.input_hashes(context)
         if main:
             stack.enter_context(locked(out))
-        directory = RunDir(out, config.seed, main=main, barrier=distributed.barrier)
+        directory = RunDir(out, config.seed, main=main, barrier=distributed.barrier, ranks=distributed.world_size())
         return _carry_out(context, directory, inputs, command, number, arms, repeat)
 
 

@@ -30,10 +30,9 @@ from bilect.errors import BilectError
 from bilect.methods import methods_of
 from bilect.models.loading import load_tokenizer, train_tokenizer
 from bilect.models.presets import PRESETS
-from bilect.pipeline.context import Figures, RunContext
+from bilect.pipeline.context import Figures, RunContext, on_main
 from bilect.pipeline.directory import read_manifest
 from bilect.pipeline.document_set import TWICE, DocumentSet
-from bilect.runtime import distributed
 from bilect.runtime.files import write_json, write_text
 
 __all__ = [
@@ -134,10 +133,9 @@ def _version(package: str) -> str:
         return "none"
 
 
+@on_main
 def tokenise_pool(run: RunContext, scratch: Path) -> Figures:
     """Tokenizer and token files of the pool, one per input."""
-    if not distributed.is_main():
-        return {}
     data = run.config.data
     for source in (*data.lower_data, *data.upper_data, *data.heldout_data):
         for part in inputs(source):
@@ -193,10 +191,9 @@ def tokenise_files(run: RunContext, scratch: Path, tokenizer: PreTrainedTokenize
     }
 
 
+@on_main
 def tokenise_heldout(run: RunContext, scratch: Path) -> Figures:
     """Token file of each held-out set; documents of the pool with their texts are left out, a bad record or not."""
-    if not distributed.is_main():
-        return {}
     data = run.config.data
     sets = _tokenise_sets(run, scratch, "heldout", data.heldout_data)
     pool = DocumentSet("pool", data.lower_data, data.duplicates)
@@ -213,10 +210,9 @@ def tokenise_heldout(run: RunContext, scratch: Path) -> Figures:
     return _saved(scratch, sets, "held-out", pool.skipped)
 
 
+@on_main
 def tokenise_upper(run: RunContext, scratch: Path) -> Figures:
     """Token file of each upper set; none may share a text with a held-out set."""
-    if not distributed.is_main():
-        return {}
     sets = _tokenise_sets(run, scratch, "upper", run.config.data.upper_data)
     for heldout in _tokenise_sets(
         run, scratch, "heldout", run.config.data.heldout_data

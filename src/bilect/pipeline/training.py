@@ -100,8 +100,6 @@ def _online(run: RunContext, arm: str) -> Online | None:
 
 def evaluate(run: RunContext, scratch: Path, folder: str) -> Figures:
     """Figures of the decayed copy of a target (or of itself, without a decay branch) on every held-out set."""
-    if not distributed.is_main():
-        return {}
     model = run.load(run.evaluated(folder))
     stores = run.heldout_sets()
     results, flops, tokens = {}, 0.0, 0
@@ -111,15 +109,14 @@ def evaluate(run: RunContext, scratch: Path, folder: str) -> Figures:
             n_tokens = int(store.length_R.sum())
             flops, tokens = flops + forward_flops(model, n_tokens, n_tokens / len(store)), tokens + n_tokens
             task.advance(1, heldout_loss=results[name]["loss"])
-    write_json((scratch / folder).with_name("eval.json"), results)
+    if distributed.is_main():
+        write_json((scratch / folder).with_name("eval.json"), results)
     loss = sum(r["loss"] for r in results.values()) / len(results)
     return {"flops": flops, "tokens": tokens, "heldout_loss": loss}
 
 
 def fidelity(run: RunContext, scratch: Path, number: int) -> Figures:
     """Does the proxy stand in for the target? Rank correlations over a probe of the shard's documents."""
-    if not distributed.is_main():
-        return {}
     pool = run.pool()
     seed = derive_seed(run.config.seed, "probe", number)
     probe = np.sort(np.random.default_rng(seed).permutation(run.shard(number, len(pool)))[:PROBE_DOCUMENTS])
@@ -132,14 +129,18 @@ def fidelity(run: RunContext, scratch: Path, number: int) -> Figures:
         "target_before": run.target_folder(config.method, number - 1),
         "target_after": run.target_folder(config.method, number),
     }
-    losses, flops = {}, 0.0
     tokens = int(pool.length_R[probe].sum())
+
+    def judged(folder: str) -> tuple[np.ndarray, float]:
+        model = run.load(folder)
+        losses = evaluation.document_losses(model, pool, probe, run.pad_id, run.config.score_batch_tokens)
+        task.advance(1)
+        return losses, forward_flops(model, tokens, tokens / len(probe))
+
     with run.progress.task(f"round {number}: proxy fidelity", len(folders)) as task:
-        for name, folder in folders.items():
-            model = run.load(folder)
-            losses[name] = evaluation.document_losses(model, pool, probe, run.pad_id, run.config.score_batch_tokens)
-            flops += forward_flops(model, tokens, tokens / len(probe))
-            task.advance(1)
+        found = dict(zip(folders, distributed.spread(judged, list(folders.values())), strict=True))
+    losses = {name: loss_R for name, (loss_R, _) in found.items()}
+    flops = sum(flops for _, flops in found.values())
     result = {
         "round": number,
         "documents": len(probe),
@@ -148,7 +149,8 @@ def fidelity(run: RunContext, scratch: Path, number: int) -> Figures:
             losses["proxy_after"] - losses["proxy_before"], losses["target_after"] - losses["target_before"]
         ),
     }
-    write_json(scratch / run.arm_folder(config.method, number) / "fidelity.json", result)
+    if distributed.is_main():
+        write_json(scratch / run.arm_folder(config.method, number) / "fidelity.json", result)
     return {**result, "flops": flops, "tokens": 4 * tokens}
 
 

@@ -4,9 +4,10 @@ The only module that talks to ``torch.distributed``. Launch with ``torchrun``; `
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from bilect.functional.trees import Tree
 
 __all__ = [
     "barrier",
+    "from_main",
     "gather_objects",
     "gather_rows",
     "is_main",
@@ -25,6 +27,7 @@ __all__ = [
     "own_part",
     "rank",
     "reshard",
+    "spread",
     "start",
     "sum_scalar",
     "sum_tree",
@@ -32,6 +35,7 @@ __all__ = [
 ]
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def start() -> None:
@@ -140,5 +144,31 @@ def gather_objects(item: Item) -> list[Item]:
     if world_size() == 1:
         return [item]
     items: list[Item | None] = [None] * world_size()
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, group=_objects())
     return items  # type: ignore[return-value]
+
+
+def from_main(message: Any) -> Any:
+    """What the main rank calls this with, on every rank; anything that can be pickled."""
+    if world_size() == 1:
+        return message
+    box = [message]
+    dist.broadcast_object_list(box, src=0, group=_objects())
+    return box[0]
+
+
+def spread(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """``function`` of every item, in order, on every rank; each item is done by one of them.
+
+    All ranks call this with the same items. Neighbours go to different ranks, so that items in the order of their size
+    are shared out evenly.
+    """
+    world = world_size()
+    found = gather_objects([function(item) for item in items[rank() :: world]])
+    return [found[i % world][i // world] for i in range(len(items))]
+
+
+@cache
+def _objects() -> Any:
+    """The ranks as a group that hands on objects through the CPU's memory; NCCL's would take the GPU's."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timedelta(hours=12))

@@ -20,7 +20,7 @@ import torch
 from bilect.data.batch import make_batch
 from bilect.data.loading import length_bucketed
 from bilect.data.tokens import TokenStore
-from bilect.engines import Engine, Here
+from bilect.engines import Engine, Together
 from bilect.models.score_model import ScoreModel
 from bilect.runtime import distributed
 from bilect.runtime.device import autocast
@@ -79,7 +79,7 @@ def write_scores(
 ) -> list[Path]:
     """Score rows into one file per token file of the store, ``folder/00000-STEM.parquet``; returns the files.
 
-    Of several ranks, each takes every so-manieth file.
+    Several ranks call it with the same rows, and share the blocks.
 
     Args:
         score: scores of some rows of the store, in their order; higher means keep. Pickled where there are workers.
@@ -87,34 +87,38 @@ def write_scores(
         rows: which of them, sorted.
         folder: of the score files; those that are there already are kept.
         on_tokens: called with the number of tokens just scored, or found scored.
-        engine: where blocks are scored.
+        engine: where blocks are scored; by default all ranks.
     """
     drafts = folder / ".blocks"
     drafts.mkdir(parents=True, exist_ok=True)
     files, missing = [folder / f"{part.name}.parquet" for part in store.parts], list[_File]()
-    for number, (part, file) in enumerate(zip(store.parts, files, strict=True)):
+    for part, file in zip(store.parts, files, strict=True):
         own = rows[np.searchsorted(rows, part.rows.start) : np.searchsorted(rows, part.rows.stop)]
-        if number % distributed.world_size() != distributed.rank():
-            continue
         if file.exists():
             on_tokens(int(store.length_R[own].sum()))
         else:
             missing.append(_File(file, [_Block(drafts / f"{part.name}-{n:06d}.parquet", some) for n, some in
                                           enumerate(_pieces(own, ROWS_AT_ONCE))]))  # fmt: skip
-    made = (engine or Here()).map(_Score(score, store), (block for one in missing for block in one.blocks))
+    made = (engine or Together()).map(_Score(score, store), (block for one in missing for block in one.blocks))
     for one in missing:
-        draft = one.path.with_suffix(".partial")
-        with pq.ParquetWriter(draft, _SCHEMA) as writer:
-            for block in one.blocks:
-                on_tokens(next(made))
-                writer.write_table(pq.read_table(block.file))
-        os.replace(draft, one.path)
-        for block in one.blocks:
-            block.file.unlink()
+        for _ in one.blocks:
+            on_tokens(next(made))
+        if distributed.is_main():
+            _join(one)
     distributed.barrier()
     if distributed.is_main():
         shutil.rmtree(drafts)
     return files
+
+
+def _join(one: "_File") -> None:
+    draft = one.path.with_suffix(".partial")
+    with pq.ParquetWriter(draft, _SCHEMA) as writer:
+        for block in one.blocks:
+            writer.write_table(pq.read_table(block.file))
+    os.replace(draft, one.path)
+    for block in one.blocks:
+        block.file.unlink()
 
 
 @dataclass(frozen=True)

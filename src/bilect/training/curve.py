@@ -68,14 +68,13 @@ class CurveCallback(TrainerCallback):
             self._measure(control)
 
     def _measure(self, control: TrainerControl) -> None:
-        if not distributed.is_main():
-            return
         start, due = time.perf_counter(), control.should_log
         losses = {PREFIX + name: loss for name, loss in self.curve.measure(self.model).items()}
         seconds = time.perf_counter() - start
         self.seconds += seconds
-        self.trainer.log({**losses, SECONDS: seconds})
-        control.should_log = due  # logging unsets it, and the training loss of this step would go missing on this rank
+        if distributed.is_main():
+            self.trainer.log({**losses, SECONDS: seconds})
+            control.should_log = due  # logging unsets it, and this step's training loss would go missing on this rank
 
 
 def points(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:

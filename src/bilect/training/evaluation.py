@@ -13,6 +13,7 @@ from bilect.data.loading import length_bucketed
 from bilect.data.tokens import TokenStore
 from bilect.functional.losses import document_mean, token_losses
 from bilect.models.causal_lm import CausalLM
+from bilect.runtime import distributed
 
 __all__ = ["Evaluation", "document_losses", "evaluate"]
 
@@ -45,7 +46,7 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel, store: TokenStore, pad_id: int, batch_tokens: int = 8192, rows: np.ndarray | None = None
 ) -> Evaluation:
-    """Evaluate a model on documents of a store.
+    """Evaluate a model on documents of a store; of several ranks, all call this and share the batches.
 
     Args:
         model: a causal LM.
@@ -56,17 +57,20 @@ def evaluate(
     """
     lm = CausalLM(model)
     rows = np.arange(len(store)) if rows is None else rows
-    total, tokens, right = 0.0, 0, 0
-    for part in length_bucketed(store.length_R, rows, batch_tokens):
+
+    def sums(part: np.ndarray) -> tuple[float, int, int]:
         batch = make_batch(store.rows(part), pad_id).to(lm.device)
         hidden_ND = batch.predicting(lm.hidden(batch.input_ids_BT))
-        total += float(token_losses(hidden_ND, lm.head(), batch.labels_N).ce_N.double().sum())
-        tokens += batch.n_predicted
+        total, right = float(token_losses(hidden_ND, lm.head(), batch.labels_N).ce_N.double().sum()), 0
         if store.has_prompts:
             guess_N = torch.cat([lm.head().logits(h).argmax(dim=-1) for h in hidden_ND.split(1024)])
             wrong_B = torch.bincount(batch.document_N, (guess_N != batch.labels_N).double(), batch.n_documents)
-            right += int((wrong_B == 0).sum())
-    loss = total / max(tokens, 1)
+            right = int((wrong_B == 0).sum())
+        return total, batch.n_predicted, right
+
+    found = distributed.spread(sums, list(length_bucketed(store.length_R, rows, batch_tokens)))
+    tokens, right = sum(n for _, n, _ in found), sum(n for _, _, n in found)
+    loss = sum(total for total, _, _ in found) / max(tokens, 1)
     accuracy = right / len(rows) if store.has_prompts else None
     return Evaluation(loss, math.exp(min(loss, 700.0)), accuracy, len(rows), tokens)
 

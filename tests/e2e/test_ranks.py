@@ -1,0 +1,122 @@
+"""A run on several ranks is the run on one: the same scores and kept documents, whatever is shared out."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from bilect.config import parse_config
+from bilect.pipeline.stages import run
+from tests.corpus import tiny_settings
+
+ARMS = ["dsir", "perplexity", "less", "mates", "excess", "influence", "amortised", "blade"]
+
+
+def settings(corpus):
+    values = tiny_settings(corpus, controls=ARMS)
+    for part in (*values["warmup"].values(), values["training"]):
+        part |= {"steps": 8, "decay_steps": 2}
+    values["fit"] |= {"steps": 6, "directional": "ghost"}
+    values["curve"] = {"every": 4, "documents": 16}
+    values["selection"] = {"keep_ratio": 0.2, "max_per_cluster": 3}
+    values["online"] = {"method": "full", "sync_every": 4, "reference_steps": 2}
+    excess = {"steps": 12, "batch_size": 4}
+    values["methods"] = {"mates": {"probes": 12, "upper_documents": 8}, "excess": excess}
+    values["methods"]["influence"] = {"directional": "ghost"}  # exact, where differences are of float32
+    values["methods"]["amortised"] = {"of": "excess", "labels": 24, "epochs": 2, "settings": excess}
+    return values
+
+
+def start(config_file, out, ranks):
+    """In the environment that torchrun gives its processes; the launcher itself would be one more import of torch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": port}
+    command = [sys.executable, "-m", "bilect", "run", str(config_file), "--out", str(out)]
+    return [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                         env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(ranks)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config_file(corpus, tmp_path_factory):
+    file = tmp_path_factory.mktemp("ranks") / "config.yaml"
+    file.write_text(yaml.safe_dump(settings(corpus)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def alone(config_file):
+    out = config_file.with_name("alone")
+    return out, run(parse_config(yaml.safe_load(config_file.read_text())), out)
+
+
+def scores(folder: Path):
+    rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    return [r["doc_id"] for r in rows], np.array([r["score"] for r in rows], dtype=np.float64)
+
+
+def check(out, alone):
+    one, summary = alone
+    assert json.loads((out / "tokens" / "pool.json").read_text()) == json.loads((one / "tokens/pool.json").read_text())
+    for folder in ("round-1", *(f"controls/{arm}/round-1" for arm in ARMS[:-1])):
+        (ids, score_R), (ids_one, one_R) = scores(out / folder / "scores"), scores(one / folder / "scores")
+        assert ids == ids_one
+        assert np.ptp(one_R) > 1e-3, folder
+        np.testing.assert_allclose(score_R, one_R, atol=2e-3 * np.std(one_R), err_msg=folder)
+        kept = [pq.read_table(base / folder / "selected" / "kept.parquet")["doc_id"].to_pylist() for base in (out, one)]
+        assert set(kept[0]) == set(kept[1]), folder
+    other = json.loads((out / "summary.json").read_text())
+    assert other["tokens"] == summary["tokens"]  # batch sizes are of all ranks
+    for arm, loss in summary["heldout_loss"].items():
+        assert other["heldout_loss"][arm] == pytest.approx(loss, abs=2e-3), arm
+    curve, curve_one = ((base / "round-1" / "target" / "heldout.jsonl").read_text().splitlines() for base in (out, one))
+    assert [json.loads(line)["step"] for line in curve] == [json.loads(line)["step"] for line in curve_one]
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_stage_on_several_ranks(config_file, alone, ranks):
+    out = config_file.with_name(f"of-{ranks}")
+    processes = start(config_file, out, ranks)
+    try:
+        ends = [process.communicate(timeout=280)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0] * ranks, ends
+    finally:
+        for process in processes:
+            process.kill()
+    check(out, alone)
+
+
+def test_a_killed_rank_ends_all_in_one_line_and_the_same_command_goes_on_with_one(config_file, alone):
+    out = config_file.with_name("killed")
+    processes = start(config_file, out, 2)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "warmup" / "proxy").is_dir():  # the next stages are trainings
+            assert time.monotonic() < deadline and processes[0].poll() is None
+            time.sleep(0.02)
+        processes[1].send_signal(signal.SIGKILL)
+        _, told = processes[0].communicate(timeout=60)
+        assert processes[0].returncode == 2
+        assert told.strip().splitlines()[-1].startswith("bilect: another rank has ended"), told
+    finally:
+        for process in processes:
+            process.kill()
+    done = json.loads((out / "run.json").read_text())["stages"]
+    run(parse_config(yaml.safe_load(config_file.read_text())), out)
+    after = json.loads((out / "run.json").read_text())["stages"]
+    assert {"tokenise pool", "warm up proxy"} <= set(done) and {name: after[name] for name in done} == done
+    check(out, alone)
