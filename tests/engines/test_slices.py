@@ -17,7 +17,7 @@ from bilect.data.slices import Slice, slices
 from bilect.data.sources import inputs
 from bilect.data.token_files import TokenFiles
 from bilect.data.tokens import TokenStore
-from bilect.engines import Here, open_engine
+from bilect.engines import Here
 from bilect.errors import BilectError
 from bilect.models.loading import train_tokenizer
 
@@ -32,12 +32,6 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(slices_module, "BYTES", 300)
     monkeypatch.setattr(slices_module, "FILES", 15)
     monkeypatch.setattr(slices_module, "_BLOCK", 100)
-
-
-@pytest.fixture(scope="module")
-def two():
-    with open_engine("local", 2) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def run(
     if main and config.tasks.names and command in ("run", "eval"):
         find_tasks(config.tasks.names, config.tasks.limit)  # likewise
     out = out.resolve()
-    with open_engine(workers=config.workers) as engine, ExitStack() as stack:
+    with open_engine(config.engine, config.workers, out) as engine, ExitStack() as stack:
         context = RunContext(out, config, progress if progress is not None and main else SilentProgress(), engine)
         inputs = texts.input_hashes(context)
         if main:
