@@ -69,7 +69,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def choose(corpus: Path, name: str, monkeypatch: pytest.MonkeyPatch, progress=None, pool=None, **settings):
+def choose(corpus, name, monkeypatch, progress=None, pool=None, **settings):
     monkeypatch.setenv("BILECT_CACHE", str(corpus / f"cache-{name}"))
     given = {**SMALL, "selection.max_per_cluster": 1, **settings}
     target, out = corpus / "upper.jsonl", corpus / name
