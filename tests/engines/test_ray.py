@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,17 @@ def test_actors_find_a_place_and_share_what_there_is():
     assert share(100, [(16, 0)]) == (1, 0) and share(None, []) == (1, 0)
     assert share(None, [(16, 4)]) == (4, 1) and share(2, [(16, 4)]) == (8, 1)
     assert share(5, [(16, 4)]) == (3, 0.5) and share(16, [(16, 4)]) == (1, 0.25)
+
+
+def test_a_cluster_that_is_gone_is_one_line(monkeypatch):
+    pytest.importorskip("ray", reason="bilect[ray] is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    line = f"engine: no Ray cluster answers at {address}: Connection refused; RAY_ADDRESS .* gone"
+    with open_engine("ray", 2) as engine, pytest.raises(BilectError, match=f"^{line}$"):
+        list(engine.map(faulty, [1, 2]))
 
 
 def test_a_folder_that_a_node_does_not_see_is_one_line(started_ray, tmp_path):

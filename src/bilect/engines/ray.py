@@ -11,6 +11,7 @@ an actor that has no place yet: it starts when there is one, as where the cluste
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -22,8 +23,8 @@ from typing import Any
 
 from bilect.engines._calls import Calls, environment
 from bilect.engines._pool import Died, Pool, Worker
-from bilect.engines.contract import Engine
-from bilect.errors import BilectError
+from bilect.engines.contract import ATTEMPTS, Engine
+from bilect.errors import BilectError, reason
 from bilect.runtime.workers import cores
 
 __all__ = ["Ray", "share", "start"]
@@ -98,29 +99,58 @@ class Ray(Pool):
         return _Actor(self._ray, kind, self._mark)
 
     def _join(self) -> None:
-        ray = self._ray
-        if not ray.is_initialized():
-            quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        if not self._ray.is_initialized():
             former = signal.getsignal(signal.SIGTERM)
-            try:
+            for attempt in range(1, ATTEMPTS + 1):
                 try:
-                    ray.init(num_cpus=max(cores(), self._count or 1), **quiet)
-                    self._alone = True
-                except ValueError:  # there is a cluster, whose size is not ours to say
-                    ray.init(**quiet)
-            except Exception as error:
-                last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-                raise BilectError(f"engine: there is no Ray to work with: {last[0]}; `ray stop` forgets a cluster that "
-                                  "is gone, RAY_ADDRESS names another") from error  # fmt: skip
-            finally:
-                if threading.current_thread() is threading.main_thread():
-                    signal.signal(signal.SIGTERM, former)  # Ray puts its own in place
-            self._open.callback(ray.shutdown)
+                    self._connect()
+                    break
+                except BilectError:
+                    raise
+                except Exception as error:  # such as a node that a busy machine has not started within 30 seconds
+                    self._ray.shutdown()
+                    if attempt == ATTEMPTS:
+                        raise BilectError(f"engine: no Ray can be started or joined: {_first_line(error)}") from error
+                finally:
+                    if threading.current_thread() is threading.main_thread():
+                        signal.signal(signal.SIGTERM, former)  # Ray puts its own in place
+            self._open.callback(self._ray.shutdown)
         if self._folder is not None and not self._alone:
             there = next(path for path in (self._folder, *self._folder.absolute().parents) if path.is_dir())
             handle, self._mark = tempfile.mkstemp(dir=there, prefix=".bilect-ray-")
             os.close(handle)
             self._open.callback(Path(self._mark).unlink, missing_ok=True)
+
+    def _connect(self) -> None:
+        address, quiet = _address(), {"log_to_driver": False, "logging_level": "ERROR"}
+        if address == "local":
+            size = max(cores(), self._count or 1)
+            self._ray.init("local", num_cpus=size, include_dashboard=False, **quiet)
+            self._alone = True
+        else:
+            _check(address)
+            self._ray.init(address, **quiet)
+
+
+def _address() -> str:
+    """Of the cluster to join, or "local"; as Ray finds it, but for clusters that others have started for themselves."""
+    given = os.environ.get("RAY_ADDRESS") or "auto"
+    if given != "auto":
+        return given
+    try:
+        return Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").read_text("utf-8").strip()
+    except OSError:
+        return "local"
+
+
+def _check(address: str) -> None:
+    """Ray itself would try for a quarter of an hour."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise BilectError(f"engine: no Ray cluster answers at {address}: {reason(error)}; RAY_ADDRESS names another, "
+                          "and `ray stop` forgets one that is gone") from error  # fmt: skip
 
 
 def share(workers: int | None, nodes: Sequence[tuple[int, int]]) -> tuple[int, float]:
@@ -196,6 +226,10 @@ class _Actor(Worker):
             self._ready = False
             self._ray.kill(self._handle)  # where it is only out of reach
             raise Died(_how(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _how(error: Exception) -> str:
