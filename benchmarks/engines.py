@@ -2,8 +2,8 @@
 
 The pool is that of ``choose.py``, in eight files. Workers are started and have done a small pool before anything is
 timed; the time of that is shown apart. The engines take turns, and the best of the rounds counts. The ceiling is what
-two independent processes of the same work (hashing for DSIR) do together, over what one does alone: two hardware threads
-of one core are less than two cores.
+two independent processes of the same work (hashing for DSIR) do together, over what one does alone: two hardware
+threads of one core are less than two cores.
 
     python benchmarks/engines.py                # 60,000 documents, two rounds
 """
