@@ -2,13 +2,20 @@
 cores), and reproducible draws.
 """
 
+import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["BILECT_CACHE"] = tempfile.mkdtemp(prefix="bilect-cache-")  # never the user's, nor a subprocess's own
+
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):  # then each process would compile torch, transformers ... anew: 15 s
+    sys.dont_write_bytecode, sys.pycache_prefix = False, tempfile.mkdtemp(prefix="bilect-bytecode-")
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background of a shell, and every child with it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -91,6 +91,10 @@ def test_an_extra_that_is_missing(corpus, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
     code, told = said(monkeypatch, capsys, "run good.yaml --out o --set data.upper_data=[{dataset: owner/name}]")
     assert code == 2 and told.count("\n") == 1 and told.endswith("pip install 'bilect[hub]'\n"), told
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, told = said(monkeypatch, capsys, "run good.yaml --out o --engine ray")
+    assert (code, told) == (2, "bilect: engine: ray is not installed: pip install 'bilect[ray]'\n")
+    assert not (corpus / "o").exists()
 
 
 def said(monkeypatch, capsys, line):

@@ -1,10 +1,13 @@
-"""A choice by two workers, all of them killed again and again, is that of one process: the same files."""
+"""A choice by two workers, killed again and again, is that of one process: the same files."""
 
+import json
 import os
 import signal
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -28,9 +31,10 @@ def corpus(tmp_path, monkeypatch):
 
 
 class KillsWorkers:
-    """Kills the workers of this process when a task first moves on."""
+    """Kills the workers of this process when a task first moves on: any task, or some."""
 
-    def __init__(self):
+    def __init__(self, find, tasks=None):
+        self.find, self.tasks = find, tasks
         self.killed = {}
         self.now = ""
 
@@ -40,8 +44,8 @@ class KillsWorkers:
         yield self
 
     def advance(self, amount=1, **figures):
-        if self.now not in self.killed:
-            workers = children()
+        if self.now not in self.killed and (self.tasks is None or self.now in self.tasks):
+            workers = self.find()
             for worker in workers:
                 os.kill(worker, signal.SIGKILL)
             self.killed[self.now] = len(workers)
@@ -55,15 +59,23 @@ def children() -> list[int]:
     return [int(pid) for part in found for pid in part]
 
 
+def actors() -> list[int]:
+    """Of the Ray that this process has started."""
+    found = psutil.Process().children(recursive=True)
+    return [process.pid for process in found if process.name().startswith("ray::_Served")]
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def choose(corpus: Path, name: str, monkeypatch: pytest.MonkeyPatch, progress=None, **settings):
+def choose(corpus, name, monkeypatch, progress=None, pool=None, **settings):
     monkeypatch.setenv("BILECT_CACHE", str(corpus / f"cache-{name}"))
     given = {**SMALL, "selection.max_per_cluster": 1, **settings}
     target, out = corpus / "upper.jsonl", corpus / name
-    return bilect.choose(corpus / "pool", target, out, keep=0.25, method="dsir", settings=given, progress=progress)
+    return bilect.choose(
+        pool or corpus / "pool", target, out, keep=0.25, method="dsir", settings=given, progress=progress
+    )
 
 
 def same(one, other) -> None:
@@ -80,7 +92,7 @@ def test_two_workers_that_are_killed_choose_what_one_process_does(corpus, monkey
     alone = choose(corpus, "alone", monkeypatch)
     assert pq.ParquetFile(next(alone.scores.iterdir())).num_row_groups > 2
     before = set(children())
-    progress = KillsWorkers()
+    progress = KillsWorkers(children)
     several = choose(corpus, "several", monkeypatch, progress, workers=2)
     same(alone, several)
     assert progress.killed["tokenise the pool"] and progress.killed["round 1: score by dsir"]
@@ -88,3 +100,17 @@ def test_two_workers_that_are_killed_choose_what_one_process_does(corpus, monkey
     times = {file: file.stat().st_mtime_ns for file in several.scores.iterdir()}
     choose(corpus, "several", monkeypatch)  # where work runs is no part of what it depends on
     assert {file: file.stat().st_mtime_ns for file in several.scores.iterdir()} == times
+
+
+def test_actors_that_are_killed_choose_what_one_process_does(corpus, monkeypatch, started_ray):
+    lines = (corpus / "pool" / "pool.jsonl").read_text().splitlines(keepends=True)
+    (corpus / "pool" / "pool.jsonl").write_text("".join(lines[:120]))
+    table = pa.Table.from_pylist([json.loads(line) for line in lines[120:]])
+    pq.write_table(table, corpus / "pool" / "more.parquet", row_group_size=40)
+    alone = choose(corpus, "alone", monkeypatch)
+    progress = KillsWorkers(actors, ["tokenise the pool"])
+    pool = (corpus / "pool").as_uri()
+    by_ray = choose(corpus, "ray", monkeypatch, progress, pool, engine="ray", workers=2)
+    same(alone, by_ray)
+    assert progress.killed["tokenise the pool"] and sorted(files(by_ray.records)) == ["more.parquet", "pool.jsonl"]
+    assert not [file for file in by_ray.out.rglob(".bilect*")] and actors() == []

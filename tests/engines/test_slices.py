@@ -18,7 +18,7 @@ from bilect.data.formats.contract import Slice
 from bilect.data.sources import inputs
 from bilect.data.token_files import TokenFiles
 from bilect.data.tokens import TokenStore
-from bilect.engines import Here, open_engine
+from bilect.engines import Here
 from bilect.errors import BilectError
 from bilect.models.loading import train_tokenizer
 
@@ -37,12 +37,6 @@ def cut_small(monkeypatch):
     for module, name, size in ((_json, "SLICE_BYTES", 300), (_json, "_BLOCK", 100), (parquet, "SLICE_BYTES", 300),
                                (text_format, "_FILES", 15)):  # fmt: skip
         monkeypatch.setattr(module, name, size)
-
-
-@pytest.fixture(scope="module")
-def two():
-    with open_engine("local", 2) as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

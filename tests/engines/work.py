@@ -54,6 +54,15 @@ def faulty(n: int) -> int:
     return n // n * n
 
 
+def meeting(folder: Path) -> int:
+    """Ends when two processes are at it."""
+    (folder / str(os.getpid())).touch()
+    limit = time.monotonic() + 100
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < limit:
+        time.sleep(0.01)
+    return os.getpid()
+
+
 def sleeping(n: int) -> int:
     time.sleep(60 * (n > 0))
     return os.getpid()

@@ -63,6 +63,9 @@ Yes = Annotated[
     bool, typer.Option("--yes", help="Repeat stages of a finished run whose settings or inputs have changed.")
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes for tokenising, scoring and records; default 1.")]
+Engine = Annotated[
+    str | None, typer.Option(help="Where these run: local (this machine) or ray, see docs/howto/ray.md.")
+]
 
 
 def _share(text: str) -> float:
@@ -161,6 +164,7 @@ def choose(
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     overrides: Overrides = None,
     workers: Workers = None,
+    engine: Engine = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> Result:
@@ -169,7 +173,7 @@ def choose(
     from bilect.pipeline.reuse import selection_settings
 
     amount = selection_settings(keep_ratio=keep, budget_tokens=tokens, top_k=top_k)
-    settings = _with(overrides, workers)
+    settings = _with(overrides, workers, engine)
     return choose_with_progress(pool, target, out, amount, method, model, seed, settings, dry_run, yes)
 
 
@@ -180,11 +184,12 @@ def run(
     out: Out = None,
     overrides: Overrides = None,
     workers: Workers = None,
+    engine: Engine = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> Result:
     """Carry out a run, or what is left of it."""
-    return _carry_out("run", config, out, _with(overrides, workers), None, dry_run, yes)
+    return _carry_out("run", config, out, _with(overrides, workers, engine), None, dry_run, yes)
 
 
 @app.command()
@@ -194,11 +199,12 @@ def warmup(
     out: Out = None,
     overrides: Overrides = None,
     workers: Workers = None,
+    engine: Engine = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> Result:
     """Tokenise, and train proxy and target on random documents."""
-    return _carry_out("warmup", config, out, _with(overrides, workers), None, dry_run, yes)
+    return _carry_out("warmup", config, out, _with(overrides, workers, engine), None, dry_run, yes)
 
 
 @app.command()
@@ -209,11 +215,12 @@ def fit(
     number: Round = None,
     overrides: Overrides = None,
     workers: Workers = None,
+    engine: Engine = None,
     dry_run: DryRun = False,
     yes: Yes = False,
 ) -> Result:
     """Fit the score model of a round (and what it needs)."""
-    return _carry_out("fit", config, out, _with(overrides, workers), number, dry_run, yes)
+    return _carry_out("fit", config, out, _with(overrides, workers, engine), number, dry_run, yes)
 
 
 @app.command()
@@ -244,6 +251,7 @@ def score(
     number: Round = None,
     overrides: Overrides = None,
     workers: Workers = None,
+    engine: Engine = None,
     dry_run: DryRun = False,
     yes: Yes = False,
     data: Annotated[
@@ -258,8 +266,8 @@ def score(
     if data:
         from bilect.cli.screens import score_with_progress
 
-        return score_with_progress(config, data, _needed(out, "score --data"), field or [], yes, workers)
-    return _carry_out("score", config, out, _with(overrides, workers), number, dry_run, yes)
+        return score_with_progress(config, data, _needed(out, "score --data"), field or [], yes, workers, engine)
+    return _carry_out("score", config, out, _with(overrides, workers, engine), number, dry_run, yes)
 
 
 @app.command()
@@ -288,6 +296,7 @@ def select(
     number: Annotated[int | None, typer.Option("--round", help="Scores of which round; default: the last.")] = None,
     overrides: Overrides = None,
     workers: Workers = None,
+    engine: Engine = None,
     yes: Yes = False,
 ) -> Result:
     """Keep another share, budget or mix from scores that are there: no new scoring."""
@@ -306,9 +315,9 @@ def select(
         output=None if output is None else output.value,
     )
     if source.is_dir():
-        return select_with_progress(source, out, settings, number, seed, yes, workers)
+        return select_with_progress(source, out, settings, number, seed, yes, workers, engine)
     pairs = [f"selection={settings}"] if settings else []
-    return _carry_out("select", source, out, [*pairs, *_with(overrides, workers)], number, False, yes)
+    return _carry_out("select", source, out, [*pairs, *_with(overrides, workers, engine)], number, False, yes)
 
 
 @app.command()
@@ -477,9 +486,10 @@ def _read(file: Path) -> Result:
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _with(overrides: list[str] | None, workers: int | None) -> list[str]:
-    """The settings, ``--workers`` among them."""
-    return [*([] if workers is None else [f"workers={workers}"]), *(overrides or [])]
+def _with(overrides: list[str] | None, workers: int | None, engine: str | None) -> list[str]:
+    """The settings, ``--workers`` and ``--engine`` among them."""
+    given = {"workers": workers, "engine": engine}
+    return [*(f"{name}={value}" for name, value in given.items() if value is not None), *(overrides or [])]
 
 
 def _needed(out: Path | None, command: str) -> Path:

@@ -208,6 +208,7 @@ def score_with_progress(
     fields: Sequence[str],
     repeat: bool,
     workers: int | None,
+    engine: str | None,
 ) -> "Result":
     """``bilect score RUN --data FILES``: scores of other files by a run's score model."""
     with RichProgress() as progress:
@@ -217,7 +218,9 @@ def score_with_progress(
 
         logging.disable_progress_bar()
         names = dict(_pair(text) for text in fields) if fields else None
-        figures = score_files(run_dir, data, out, progress=progress, fields=names, repeat=repeat, workers=workers)
+        figures = score_files(
+            run_dir, data, out, progress=progress, fields=names, repeat=repeat, workers=workers, engine=engine
+        )
         counts = f"{figures['documents']:,} documents, {figures['tokens']:,} tokens"
         progress.note(f"{counts}: {out / 'scores'}; `bilect select {out} --keep 0.2` keeps the best")
     return {"out": out, "scores": out / "scores", **figures}
@@ -231,6 +234,7 @@ def select_with_progress(
     seed: int,
     repeat: bool,
     workers: int | None,
+    engine: str | None,
 ) -> "Result":
     """``bilect select RUN``: another selection from scores that are there."""
     from bilect.cli.choosing import kept_table
@@ -238,8 +242,9 @@ def select_with_progress(
 
     with RichProgress() as progress:
         chosen, folder = select_again(
-            source, out, settings, progress, number=number, seed=seed, repeat=repeat, workers=workers
-        )
+            source, out, settings, progress,
+            number=number, seed=seed, repeat=repeat, workers=workers, engine=engine or "local",
+        )  # fmt: skip
     title = (f"{chosen.documents:,} of {chosen.pool_documents:,} documents, "
              f"{chosen.tokens:,} of {chosen.pool_tokens:,} tokens kept")  # fmt: skip
     sources = {name: {"pool_share": share, "kept_share": chosen.kept_share[name],

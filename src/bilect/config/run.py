@@ -55,8 +55,10 @@ class Config(Settings):
     score_batch_tokens: Positive = Field(8192, description="tokens per scoring batch and per evaluation batch")
     checkpoint_every: Positive = Field(500, description="steps of the fit and of training between two checkpoints")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0 ...")
+    engine: str = Field("local", description="where that work runs which workers share: local, this machine; or ray")
     workers: Positive | None = Field(
-        None, description="processes that share tokenising, scoring, records; None: this one"
+        None,
+        description="processes that share tokenising, scoring, records; None: this one, or all of a Ray cluster",
     )
 
     @model_validator(mode="after")

@@ -10,19 +10,14 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from itertools import chain, islice
-from queue import LifoQueue
+from pathlib import Path
 from threading import Lock
 from typing import Any
-from uuid import uuid4
 
 from bilect.engines._calls import environment
-from bilect.engines.contract import ATTEMPTS, Engine, Here, Item, Result
-from bilect.errors import BilectError
+from bilect.engines._pool import Died, Pool, Worker
+from bilect.engines.contract import Engine, Here
 from bilect.runtime.workers import cores, gpu_names
 
 __all__ = ["Local", "start"]
@@ -30,77 +25,31 @@ __all__ = ["Local", "start"]
 _CODE = "import sys; sys.path[:] = {path!r}; from bilect.engines._calls import serve; serve()"
 
 
-def start(workers: int | None) -> Engine:
+def start(workers: int | None, folder: Path | None) -> Engine:
     """``workers`` processes; 1 by default."""
     return Here() if workers in (None, 1) else Local(workers)
 
 
-class Local(Engine):
+class Local(Pool):
     """Worker processes, each with its share of the cores, and a GPU where there are several.
-
-    A thread for each worker sends it an item and waits for the answer. A worker that dies loses its item alone, which a
-    fresh one takes over.
 
     Args:
         workers: their number.
     """
 
     def __init__(self, workers: int) -> None:
-        self._workers = [_Worker(number, max(cores() // workers, 1)) for number in range(workers)]
-        self._idle: LifoQueue[_Worker] = LifoQueue()  # last in, first out: the fewest are started
-        for worker in self._workers:
-            self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(workers)
-        self._closed = False
+        super().__init__()
+        self._count = workers
 
-    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """See ``Engine``; a single item is done in this process."""
-        items = iter(items)
-        first = list(islice(items, 2))
-        if len(first) < 2:
-            yield from map(function, first)
-            return
-        key, pickled, running = uuid4().hex, pickle.dumps(function), deque[Future[Any]]()
-        try:
-            for item in chain(first, items):
-                running.append(self._threads.submit(self._call, key, pickled, item))
-                if len(running) >= 2 * len(self._workers):
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-        finally:
-            for future in running:
-                future.cancel()
+    def _limit(self) -> int:
+        return self._count
 
-    def close(self) -> None:
-        """See ``Engine``."""
-        self._closed = True
-        for worker in self._workers:
-            worker.close()
-        self._threads.shutdown(cancel_futures=True)
-
-    def _call(self, key: str, function: bytes, item: Any) -> Any:
-        worker = self._idle.get()
-        try:
-            for attempt in range(1, ATTEMPTS + 1):
-                try:
-                    done, value = worker.call(key, function, item)
-                    break
-                except (EOFError, OSError, pickle.UnpicklingError) as error:
-                    code = worker.kill()
-                    if self._closed or attempt == ATTEMPTS:
-                        raise BilectError(f"engine: a worker process died ({_how(code)}) at each of {attempt} attempts "
-                                          "at the same work, perhaps for want of memory; the same command goes on, "
-                                          "with fewer --workers") from error  # fmt: skip
-        finally:
-            self._idle.put(worker)
-        if not done:
-            raise value
-        return value
+    def _worker(self, number: int) -> Worker:
+        return _Process(number, max(cores() // self._count, 1))
 
 
-class _Worker:
-    """A process, started when it is first needed and again after its death."""
+class _Process(Worker):
+    """An interpreter that answers through its standard output."""
 
     def __init__(self, number: int, threads: int) -> None:
         self._number, self._threads = number, threads
@@ -108,37 +57,42 @@ class _Worker:
         self._knows = ""  # key of the function that it was sent last
         self._lock, self._closed = Lock(), False
 
-    def call(self, key: str, function: bytes, item: Any) -> tuple[bool, Any]:
-        """See ``Calls``.
-
-        Raises:
-            EOFError: it has died, and so do other errors of reading and writing say.
-        """
-        call = pickle.dumps((key, None if key == self._knows else function, item), pickle.HIGHEST_PROTOCOL)
+    def start(self) -> None:
+        """See ``Worker``."""
         with self._lock:
             if self._closed:
+                raise Died("closed")
+            self._process = self._process or self._begin()
+
+    def call(self, key: str, function: bytes, item: Any) -> tuple[bool, Any]:
+        """See ``Worker``."""
+        call = pickle.dumps((key, None if key == self._knows else function, item), pickle.HIGHEST_PROTOCOL)
+        process = self._process
+        try:
+            if process is None:
                 raise EOFError
-            process = self._process = self._process or self._start()
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(call)
-        process.stdin.flush()
-        self._knows = key
-        answer: tuple[bool, Any] = pickle.load(process.stdout)
-        return answer
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(call)
+            process.stdin.flush()
+            self._knows = key
+            answer: tuple[bool, Any] = pickle.load(process.stdout)
+            return answer
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
+            raise Died(_how(self._kill(0.1))) from error  # it has died, or is about to: its own code
 
     def close(self) -> None:
-        """End it for good."""
+        """See ``Worker``."""
         with self._lock:
             self._closed = True
-        self.kill()
+        self._kill(0)
 
-    def kill(self) -> int | None:
-        """End it; returns how it ended, which may have been before."""
+    def _kill(self, patience: float) -> int | None:
+        """End it, after some seconds; returns how it ended, which may have been before."""
         process, self._process, self._knows = self._process, None, ""
         if process is None:
             return None
         try:
-            code = process.wait(0.1)  # where it has died, its own code
+            code = process.wait(patience)
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait()
@@ -147,7 +101,7 @@ class _Worker:
                 pipe.close()  # type: ignore[union-attr]
         return code
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def _begin(self) -> "subprocess.Popen[bytes]":
         settings = {**os.environ, **environment(self._threads)}
         if len(gpus := gpu_names()) > 1:
             settings["CUDA_VISIBLE_DEVICES"] = gpus[self._number % len(gpus)]

@@ -62,6 +62,7 @@ def select_again(
     seed: int = 0,
     repeat: bool = False,
     workers: int | None = None,
+    engine: str = "local",
 ) -> tuple[Selected, Path]:
     """Another selection from scores that are there; no model is needed.
 
@@ -74,6 +75,7 @@ def select_again(
         seed: of Gumbel noise.
         repeat: replace another selection that lies in ``out``.
         workers: processes that hash near-duplicates and write records.
+        engine: where they run, see ``Config.engine``.
 
     Returns:
         What was kept, and the folder: ``kept.parquet`` or ``kept.jsonl.zst`` (with text, where the token files are
@@ -94,7 +96,7 @@ def select_again(
     made_of = {"scores": str(scores.resolve()), "seed": seed, "selection": plain(config.model_dump())}
     if not repeat:
         _check_selection(folder, made_of)
-    with open_engine(workers=workers) as opened:
+    with open_engine(engine, workers, folder) as opened:
         clusters = None
         if config.max_per_cluster is not None and tokens is not None:
             clusters = find_clusters(tokens, config.cluster_similarity, progress or SilentProgress(), opened)
@@ -118,6 +120,7 @@ def score_files(
     fields: Mapping[str, str] | None = None,
     repeat: bool = False,
     workers: int | None = None,
+    engine: str | None = None,
 ) -> dict[str, Any]:
     """Score other files by what a run has fitted; started again, it goes on at the first missing block.
 
@@ -129,6 +132,7 @@ def score_files(
         fields: names of the fields where they differ, as ``fields`` of a source; by default those of the run's pool.
         repeat: replace scores of other files, or by another run, that lie in ``out``.
         workers: processes; by default as in the run.
+        engine: where they run; by default as in the run.
 
     Returns:
         ``documents``, ``tokens`` and, by reason, the number of records left out (``skipped``).
@@ -141,7 +145,7 @@ def score_files(
     pool = tuple(parse_source({"path": path, "fields": names}) for path in data)
     changes = {"lower_data": pool, "upper_data": (), "heldout_data": ()}  # the run's own need not be there any more
     config = base.model_copy(update={"data": base.data.model_copy(update=changes)})
-    with open_engine(workers=workers or base.workers) as opened, locked(out):
+    with open_engine(engine or base.engine, workers or base.workers, out) as opened, locked(out):
         context = RunContext(out.resolve(), config, progress or SilentProgress(), opened)
         directory = RunDir(context.root, config.seed)
         inputs = {"lower_data": texts.pool_hashes(context)}

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from bilect.config import Config
-from bilect.engines import Led, open_engine
+from bilect.engines import Engine, Led, open_engine
 from bilect.errors import BilectError
 from bilect.methods import methods_of
 from bilect.methods.contract import DocumentMethod
@@ -104,13 +104,23 @@ def run(
     if main and config.tasks.names and command in ("run", "eval"):
         find_tasks(config.tasks.names, config.tasks.limit)  # likewise
     out = out.resolve()
-    with Led() if distributed.world_size() > 1 else open_engine(workers=config.workers) as engine, ExitStack() as stack:
+    with _engine(config, out) as engine, ExitStack() as stack:
         context = RunContext(out, config, progress if progress is not None and main else SilentProgress(), engine)
         inputs = texts.input_hashes(context)
         if main:
             stack.enter_context(locked(out))
         directory = RunDir(out, config.seed, main=main, barrier=distributed.barrier, ranks=distributed.world_size())
         return _carry_out(context, directory, inputs, command, number, arms, repeat)
+
+
+def _engine(config: Config, out: Path) -> Engine:
+    """That of the config; of several ranks, themselves."""
+    if distributed.world_size() == 1:
+        return open_engine(config.engine, config.workers, out)
+    if config.engine != "local":
+        raise BilectError(f"engine: the ranks that torchrun has started share the work; leave out {config.engine}, or "
+                          "start one process alone")  # fmt: skip
+    return Led()
 
 
 def _carry_out(

@@ -1,0 +1,47 @@
+"""Engines for the tests of their contract; Ray is started once."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from bilect.engines import Engine, Here, open_engine
+
+
+@pytest.fixture(scope="session")
+def started_ray() -> Iterator[None]:
+    """A small Ray of two CPUs, which engines join."""
+    pytest.importorskip("ray", reason="bilect[ray] is not installed")
+    open_engine("ray").close()  # Ray reads its settings when it is imported
+    import ray
+
+    ray.init("local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False,
+             logging_level="ERROR")  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[Engine]:
+    """Two processes."""
+    with open_engine("local", 2) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def ray(started_ray: None) -> Iterator[Engine]:
+    """Two actors."""
+    with open_engine("ray", 2) as engine:
+        yield engine
+
+
+@pytest.fixture(params=["local", "ray"])
+def two(request: pytest.FixtureRequest) -> Engine:
+    """Two workers, of either engine."""
+    engine: Engine = request.getfixturevalue(request.param)
+    return engine
+
+
+@pytest.fixture(params=["here", "local", "ray"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Every engine."""
+    return Here() if request.param == "here" else request.getfixturevalue(request.param)
