@@ -13,6 +13,7 @@ import pytest
 
 import bilect
 from bilect.data.formats import _json
+from bilect.errors import BilectError
 from bilect.methods import dsir
 from bilect.selection import near_duplicates, scoring
 from tests.corpus import write_corpus
@@ -114,3 +115,10 @@ def test_actors_that_are_killed_choose_what_one_process_does(corpus, monkeypatch
     same(alone, by_ray)
     assert progress.killed["tokenise the pool"] and sorted(files(by_ray.records)) == ["more.parquet", "pool.jsonl"]
     assert not [file for file in by_ray.out.rglob(".bilect*")] and actors() == []
+
+
+def test_ranks_share_the_work_themselves(corpus, monkeypatch):
+    monkeypatch.setattr("bilect.runtime.distributed.world_size", lambda: 2)
+    with pytest.raises(BilectError, match="engine: the ranks that torchrun has started share the work; leave out ray"):
+        choose(corpus, "none", monkeypatch, engine="ray")
+    assert not (corpus / "none").exists()
