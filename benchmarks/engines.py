@@ -1,5 +1,7 @@
 """What two workers are worth: the same work by one process, by two of this machine, and by two actors of Ray.
 
+One process is timed twice: on one core, and with all threads, which its tokenizer uses.
+
 The pool is that of ``choose.py``, in eight files. Workers are started and have done a small pool before anything is
 timed; the time of that is shown apart. The engines take turns, and the best of the rounds counts. The ceiling is what
 two independent processes of the same work (hashing for DSIR) do together, over what one does alone: two hardware
@@ -97,8 +99,8 @@ def parts(sources: list[Input], tokenizer: Any, folder: Path, engine: Engine) ->
 
 def ceiling(store: Path) -> float:
     """Work per second of two processes at once, over that of one."""
-    seconds = []
-    for count in (1, 2):
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for count in (1, 2) * 3:
         with ExitStack() as stack:
             command = [sys.executable, "-c", ALONE, str(store)]
             running = [stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -108,8 +110,8 @@ def ceiling(store: Path) -> float:
             for process in running:
                 process.stdin.write("\n")  # type: ignore[union-attr]
                 process.stdin.flush()  # type: ignore[union-attr]
-            seconds.append(np.mean([float(process.stdout.readline()) for process in running]))  # type: ignore[union-attr]
-    return float(2 * seconds[0] / seconds[1])
+            seconds[count].append(np.mean([float(process.stdout.readline()) for process in running]))  # type: ignore[union-attr]
+    return float(2 * min(seconds[1]) / min(seconds[2]))
 
 
 def pool(folder: Path, rows: int) -> list[Input]:
@@ -135,7 +137,7 @@ def main() -> None:
         small, large = pool(folder / "small", 400), pool(folder / "large", options.rows)
         texts = [json.loads(line)["text"] for line in (folder / "small.jsonl").read_text("utf-8").splitlines()]
         tokenizer = train_tokenizer(texts, 4096)
-        engines: dict[str, Engine] = {"one process": Here()}
+        engines: dict[str, Engine] = {"one core": Here(), "one process": Here()}
         for name in names():
             try:
                 engines[f"{name}, 2"] = stack.enter_context(open_engine(name, 2))
@@ -145,6 +147,7 @@ def main() -> None:
         for count in range(options.rounds + 1):
             for name, engine in engines.items():
                 number += 1
+                os.environ["TOKENIZERS_PARALLELISM"] = str(name != "one core").lower()  # of this process
                 os.environ["BILECT_CACHE"] = str(folder / f"cache-{number}")
                 sources = large if count else small
                 figures = dict(parts(sources, tokenizer, folder / f"out-{number}", engine))
@@ -157,11 +160,11 @@ def main() -> None:
     print(f"{options.rows:,} documents of about {WORDS} words in {FILES} files; seconds, best of {options.rounds}")
     print(f"{'':<18}" + "".join(f"{name:>16}" for name in engines))
     for part in PARTS:
-        alone = best["one process"][part]
+        alone = best["one core"][part]
         print(f"{part:<18}" + "".join(f"{best[n][part]:>9.2f} {alone / best[n][part]:>5.2f}x" for n in engines))
     print(f"{'started, in s':<18}" + "".join(f"{started[name]:>9.2f}       " for name in engines))
     print(f"two independent processes do {highest:.2f} times the work of one: the ceiling")
-    speed = {name: {p: round(best["one process"][p] / best[name][p], 2) for p in PARTS} for name in engines}
+    speed = {name: {p: round(best["one core"][p] / best[name][p], 2) for p in PARTS} for name in engines}
     result: dict[str, Any] = {"rows": options.rows, "ceiling": round(highest, 2), "speed": speed}
     if "ray, 2" in best:
         whole = {name: sum(best[name].values()) for name in best}

@@ -129,7 +129,7 @@ class Ray(Pool):
             self._alone = True
         else:
             _check(address)
-            self._ray.init(address, **quiet)
+            self._ray.init(**quiet)  # finds the same one, with the token that a cluster on this machine may want
 
 
 def _address() -> str:
