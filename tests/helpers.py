@@ -189,7 +189,7 @@ class TableScores(nn.Module):
             torch.zeros(len(first_tokens), dtype=torch.float64) if scores is None else scores.clone()
         )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **promised: bool) -> Any:
         from bilect.models.score_model import ScoreOutput
 
         return ScoreOutput(scores=self.free[self.place[input_ids[:, 0]]])

@@ -43,7 +43,7 @@ class _Zero(Objective):
     """No upper term."""
 
     def gradient(self, params: Tree, bf16: bool = False) -> Gradient:
-        return Gradient({k: torch.zeros_like(p) for k, p in params.items()}, 0.0, 0.0)
+        return Gradient({k: torch.zeros_like(p) for k, p in params.items()}, *torch.zeros(2), torch.zeros(0))
 
 
 def draws(lm: CausalLM, upper: bool = True):

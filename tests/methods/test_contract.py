@@ -106,7 +106,7 @@ def _of_differences(method: DocumentMethod[Any]) -> float:
     """What rounding does to a central difference: losses below 8 that are off by four units in the last place each."""
     if not isinstance(method, Influence):
         return 0.0
-    steps = [central_step(theta, z) for theta, z in method.pairs]
+    steps = [float(central_step(theta, z)) for theta, z in method.pairs]
     return method.config.learning_rate * sum(2 * 4 * 2.0**-21 / (2 * step) for step in steps)
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from bilect.bilevel.objective import Gradient
 from bilect.bilevel.offline.twins import Twins
 from bilect.functional import linear_solve
 from bilect.verify import direct, exact, implicit, penalty, practice, problems, selections
@@ -20,7 +21,7 @@ class Level:
         self.objective = objective
 
     def gradient(self, params, bf16: bool = False):
-        return exact.gradient(self.objective, params), 0.0, 0.0, ()
+        return Gradient(exact.gradient(self.objective, params), *torch.zeros(2), torch.zeros(0))
 
 
 @pytest.fixture

@@ -75,19 +75,19 @@ class TargetOnBatch:
 
 
 class Gradient(NamedTuple):
-    """A gradient and the parts of the loss, summed over the ranks.
+    """A gradient and the parts of the loss, summed over the ranks; tensors: for a float the host waits for a GPU.
 
     Attributes:
         tree: gradient by parameter.
-        ce: weighted cross-entropy.
-        kl: weighted divergence.
-        ce_S: the part of ``ce`` in each upper set, empty for a single one.
+        ce: weighted cross-entropy, a scalar in float64.
+        kl: weighted divergence, the same.
+        ce_S: the part of ``ce`` in each upper set, (S,); (0,) for a single one.
     """
 
     tree: Tree
-    ce: float
-    kl: float
-    ce_S: tuple[float, ...] = ()
+    ce: Tensor
+    kl: Tensor
+    ce_S: Tensor
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,17 @@ class Objective:
         if self.l2_coef:
             total = add_scaled(total, params, 2 * self.l2_coef)
         weighted_N = self.ce_weight_N * tokens.ce_N.to(self.ce_weight_N.dtype)
-        kl = 0.0
+        kl = weighted_N.new_zeros(())
         if self.kl_weight_N is not None and tokens.kl_N is not None:
-            kl = float(torch.dot(self.kl_weight_N, tokens.kl_N.to(self.kl_weight_N.dtype)))
-        return Gradient(total, distributed.sum_scalar(float(weighted_N.sum())), distributed.sum_scalar(kl),
-                        self._by_set(weighted_N))  # fmt: skip
+            kl = torch.dot(self.kl_weight_N, tokens.kl_N.to(self.kl_weight_N.dtype))
+        parts = torch.cat([torch.stack([weighted_N.sum(), kl]), self._by_set(weighted_N)])
+        parts = distributed.sum_tree({"": parts})[""]
+        return Gradient(total, parts[0], parts[1], parts[2:])
 
-    def _by_set(self, weighted_N: Tensor) -> tuple[float, ...]:
+    def _by_set(self, weighted_N: Tensor) -> Tensor:
         if self.batch.set_B is None or self.n_sets == 1:
-            return ()
-        set_N = self.batch.set_B[self.batch.document_N]
-        return tuple(distributed.sum_scalar(float(weighted_N[set_N == k].sum())) for k in range(self.n_sets))
+            return weighted_N.new_zeros(0)
+        return weighted_N.new_zeros(self.n_sets).index_add(0, self.batch.set_B[self.batch.document_N], weighted_N)
 
     def hvp(self, params: Tree, method: HVP) -> TreeMap:
         """``v -> H v`` at theta, summed over the ranks; float32 or better throughout."""
@@ -183,12 +183,16 @@ class Objective:
         return loss
 
 
-def target_on_batch(target: CausalLM, batch: Batch, bf16: bool = False) -> TargetOnBatch:
-    """The one forward pass of the target model over a batch."""
+def target_on_batch(
+    target: CausalLM, batch: Batch, bf16: bool = False, micro_batch: int | None = None
+) -> TargetOnBatch:
+    """The one forward pass of the target model over a batch, by so many documents at a time (None: all)."""
+    parts = []
     with torch.no_grad(), autocast(batch.input_ids_BT.device, bf16):
-        hidden_NE = batch.predicting(target.hidden(batch.input_ids_BT))
-    if bf16:  # normalisation layers hand on float32
-        hidden_NE = hidden_NE.bfloat16()
+        for input_ids_BT in batch.input_ids_BT.split(micro_batch or batch.n_documents):
+            hidden_BTE = target.hidden(input_ids_BT)
+            parts.append(hidden_BTE.bfloat16() if bf16 else hidden_BTE)  # normalisation layers hand on float32
+    hidden_NE = batch.predicting(torch.cat(parts))
     head = target.head()
     head = Head(
         head.weight_VD.detach(), None if head.bias_V is None else head.bias_V.detach(), head.scale, head.softcap
@@ -245,12 +249,17 @@ def upper_objective(model: CausalLM, batch: Batch, weight_S: Sequence[float] = (
     """
     set_B = torch.zeros_like(batch.length_B) if batch.set_B is None else batch.set_B
     set_N = set_B[batch.document_N]
-    ce_weight_N = torch.zeros(batch.n_predicted, dtype=torch.float64, device=set_N.device)
-    for k, weight in enumerate(weight_S):
-        own_N = set_N == k
-        n_global = distributed.sum_scalar(float(own_N.sum()))
-        ce_weight_N[own_N] = weight / sum(weight_S) / max(n_global, 1.0)
+    count_S = torch.zeros(len(weight_S), dtype=torch.float64, device=set_N.device)
+    count_S = count_S.index_add(0, set_N, torch.ones_like(set_N, dtype=torch.float64))
+    count_S = distributed.sum_tree({"": count_S})[""].clamp(min=1)
+    share_S = torch.tensor([weight / sum(weight_S) for weight in weight_S], dtype=torch.float64)
+    ce_weight_N = (_sent(share_S, set_N.device) / count_S)[set_N]
     return Objective(model, batch, ce_weight_N, n_sets=len(weight_S))
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for what the device still has to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def document_losses(model: CausalLM, batch: Batch) -> Callable[[Tree], Tensor]:

@@ -26,14 +26,20 @@ class Batch:
             padding, at a document's last token and within prompts.
         length_B: real tokens of each document.
         set_B: upper set of each document, where there are several.
+        where: row and column of each predicted token, in their order; found where not given, for which a GPU is
+            waited for: batches are made on the host and take theirs along.
     """
 
     input_ids_BT: Tensor
     target_BT: Tensor
     length_B: Tensor
     set_B: Tensor | None = None
+    where: tuple[Tensor, Tensor] = None  # type: ignore[assignment]  # never None behind __post_init__
 
     def __post_init__(self) -> None:
+        if self.where is None:
+            row_N, column_N = torch.nonzero(self.target_BT != IGNORE, as_tuple=True)
+            object.__setattr__(self, "where", (row_N, column_N))
         _ = self.labels_N  # not on first use: inside a functional transform, whose tensors must not outlive it
 
     @property
@@ -47,20 +53,15 @@ class Batch:
         positions_T = torch.arange(self.input_ids_BT.shape[1], device=self.length_B.device)
         return (positions_T[None] < self.length_B[:, None]).long()
 
-    @cached_property
-    def _where(self) -> tuple[Tensor, Tensor]:
-        rows, columns = torch.nonzero(self.target_BT != IGNORE, as_tuple=True)
-        return rows, columns
-
     @property
     def document_N(self) -> Tensor:
         """Document of each predicted token."""
-        return self._where[0]
+        return self.where[0]
 
     @cached_property
     def labels_N(self) -> Tensor:
         """The predicted tokens."""
-        return self.target_BT[self._where]
+        return self.target_BT[self.where]
 
     @property
     def n_predicted(self) -> int:
@@ -70,11 +71,11 @@ class Batch:
     @cached_property
     def predicted_B(self) -> Tensor:
         """Predicted tokens of each document."""
-        return torch.bincount(self.document_N, minlength=self.n_documents)
+        return (self.target_BT != IGNORE).sum(dim=1)
 
     def predicting(self, hidden_BTD: Tensor) -> Tensor:
         """Hidden states at the positions that predict a token, (N, D)."""
-        return hidden_BTD[self._where]
+        return hidden_BTD[self.where]
 
     def token_mean_weight_N(self, weight_B: Tensor | None = None) -> Tensor:
         """Weights a_n with ``sum_n a_n ce_n = sum_i weight_i l_i``; weight 1 for every document by default."""
@@ -89,9 +90,17 @@ class Batch:
         return Batch(self.input_ids_BT[part], self.target_BT[part], self.length_B[part], sets)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch elsewhere."""
-        sets = None if self.set_B is None else self.set_B.to(device)
-        return Batch(self.input_ids_BT.to(device), self.target_BT.to(device), self.length_B.to(device), sets)
+        """The same batch elsewhere; the host does not wait until it is there."""
+
+        def moved(x: Tensor) -> Tensor:
+            pinned = device.type == "cuda" and x.device.type == "cpu"
+            return (x.pin_memory() if pinned else x).to(device, non_blocking=pinned)
+
+        if device == self.input_ids_BT.device:
+            return self
+        sets = None if self.set_B is None else moved(self.set_B)
+        where = moved(self.where[0]), moved(self.where[1])
+        return Batch(moved(self.input_ids_BT), moved(self.target_BT), moved(self.length_B), sets, where)
 
 
 def make_batch(documents: Sequence[Row], pad_id: int, multiple: int = 8) -> Batch:

@@ -7,7 +7,6 @@ For document losses ``l_i(theta)`` and a direction z,
 is all the hypergradient needs (methods: forward mode, central differences, and in ``ghost.py`` one backward pass).
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -25,19 +24,24 @@ __all__ = [
 ]
 
 
-def central_step(params: Tree, z: Tree, relative: float | None = None) -> float:
-    """Step eps of a central difference: ``eps ||z|| = relative * max(||theta||, 1)``.
+def central_step(params: Tree, z: Tree, relative: float | None = None) -> Tensor:
+    """Step eps of a central difference: ``eps ||z|| = relative * max(||theta||, 1)``, a scalar in float64.
 
     ``relative`` defaults to 1e-4 in float32 and 1e-6 in float64, where rounding and truncation balance for language
-    models (docs/results_log.md). Returns 0 for ``z = 0``.
+    models (docs/results_log.md). 0 for ``z = 0``, NaN where z is not finite: a diverged z must show. It stays on the
+    device, where as a float it would make the host wait for a GPU, twice for each Hessian product.
     """
     if relative is None:
         relative = 1e-6 if next(iter(params.values())).dtype == torch.float64 else 1e-4
     with torch.no_grad():
-        length, size = float(norm(z)), float(norm(params))
-    if length == 0:
-        return 0.0
-    return relative * max(size, 1.0) / length if math.isfinite(length) else math.nan  # not 0: a diverged z must show
+        length, size = norm(z).double(), norm(params).double()
+        eps = relative * size.clamp(min=1.0) / length.where(length.isfinite(), torch.nan)
+        return eps.where(length != 0, 0.0)
+
+
+def _inverse(step: Tensor) -> Tensor:
+    """``1 / step``, and 0 for a step of 0, whose differences are 0."""
+    return torch.where(step == 0, 0.0, 1 / step)
 
 
 def directional_jvp(losses: Callable[[Tree], Tensor], params: Tree, z: Tree) -> Tensor:
@@ -60,10 +64,8 @@ def directional_finite_difference(
     Error O(eps^2) from truncation and O(precision / eps) from rounding.
     """
     eps = central_step(params, z, relative)
-    if eps == 0:
-        return torch.zeros_like(losses(params))
     with torch.no_grad():
-        return (losses(add_scaled(params, z, eps)) - losses(add_scaled(params, z, -eps))) / (2 * eps)
+        return (losses(add_scaled(params, z, eps)) - losses(add_scaled(params, z, -eps))) * _inverse(2 * eps)
 
 
 def hvp_exact(loss: Callable[[Tree], Tensor], params: Tree) -> TreeMap:
@@ -82,9 +84,8 @@ def hvp_finite_difference(gradient: TreeMap, params: Tree, relative: float | Non
 
     def product(v: Tree) -> Tree:
         eps = central_step(params, v, relative)
-        if eps == 0:
-            return {k: torch.zeros_like(x) for k, x in v.items()}
-        return scale(sub(gradient(add_scaled(params, v, eps)), gradient(add_scaled(params, v, -eps))), 1 / (2 * eps))
+        difference = sub(gradient(add_scaled(params, v, eps)), gradient(add_scaled(params, v, -eps)))
+        return scale(difference, _inverse(2 * eps))
 
     return product
 
@@ -99,10 +100,8 @@ def hvp_forward_difference(gradient: TreeMap, params: Tree, relative: float | No
 
     def product(v: Tree) -> Tree:
         eps = central_step(params, v, relative)
-        if eps == 0:
-            return {k: torch.zeros_like(x) for k, x in v.items()}
         if not base:
             base.append(gradient(params))
-        return scale(sub(gradient(add_scaled(params, v, eps)), base[0]), 1 / eps)
+        return scale(sub(gradient(add_scaled(params, v, eps)), base[0]), _inverse(eps))
 
     return product

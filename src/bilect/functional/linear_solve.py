@@ -68,7 +68,9 @@ def adam(b: Tree, second_moment: Tree, eps: float = 1e-8) -> Solution:
         second_moment: v, bias-corrected second moments of the lower optimiser, see ``next_second_moment``.
         eps: of the lower optimiser.
     """
-    return Solution({k: v / (second_moment[k].sqrt() + eps) for k, v in b.items()}, 0)
+    denominator = torch._foreach_sqrt([second_moment[k] for k in b])
+    torch._foreach_add_(denominator, eps)
+    return Solution(dict(zip(b, torch._foreach_div([*b.values()], denominator), strict=True)), 0)
 
 
 def next_second_moment(second_moment: Tree, step: float, gradient: Tree, beta: float) -> Tree:
@@ -85,7 +87,11 @@ def next_second_moment(second_moment: Tree, step: float, gradient: Tree, beta: f
         beta: its beta2.
     """
     correction = 1 - beta ** (step + 1)
-    return {k: (beta * second_moment[k] + (1 - beta) * g.square()) / correction for k, g in gradient.items()}
+    values = [*gradient.values()]
+    moved = torch._foreach_mul([second_moment[k] for k in gradient], beta)
+    torch._foreach_addcmul_(moved, values, values, 1 - beta)
+    torch._foreach_div_(moved, correction)
+    return dict(zip(gradient, moved, strict=True))
 
 
 def second_moment_of(optimizer: torch.optim.Optimizer, params: Tree, gradient: Tree) -> Tree:
@@ -149,25 +155,26 @@ def cg(hvp: TreeMap, b: Tree, *, steps: int, damping: float = 0.0, tolerance: fl
     product = _damped(hvp, damping)
     z, residual, direction = zeros_like(b), b, b
     rr = dot(residual, residual)
-    size = float(rr.sqrt())
+    size = left = float(rr.sqrt())
     if size == 0:
         return Solution(z, 0, 0.0)
     for k in range(steps):
         image = product(direction)
         curvature = dot(direction, image)
-        if float(curvature) <= 0:
+        alpha = rr / curvature
+        residual_next = add_scaled(residual, image, -alpha)
+        rr_next = dot(residual_next, residual_next)
+        bent, left_next = torch.stack([curvature, rr_next.sqrt()]).tolist()  # both at once: a GPU is waited for
+        if bent <= 0:
             if k == 0:
                 return Solution(b, 1, float(norm(sub(image, b))) / size, "negative curvature: identity")
-            return Solution(z, k + 1, float(rr.sqrt()) / size, f"negative curvature after {k} steps")
-        alpha = rr / curvature
+            return Solution(z, k + 1, left / size, f"negative curvature after {k} steps")
         z = add_scaled(z, direction, alpha)
-        residual = add_scaled(residual, image, -alpha)
-        rr_next = dot(residual, residual)
-        if float(rr_next.sqrt()) <= tolerance * size:
-            return Solution(z, k + 1, float(rr_next.sqrt()) / size)
-        direction = add_scaled(residual, direction, rr_next / rr)
-        rr = rr_next
-    return Solution(z, steps, float(rr.sqrt()) / size)
+        if left_next <= tolerance * size:
+            return Solution(z, k + 1, left_next / size)
+        direction = add_scaled(residual_next, direction, rr_next / rr)
+        residual, rr, left = residual_next, rr_next, left_next
+    return Solution(z, steps, left / size)
 
 
 def sgd(

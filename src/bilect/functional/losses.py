@@ -318,6 +318,7 @@ def document_mean(loss_N: Tensor, document_N: Tensor, n_documents: int) -> Tenso
     Returns:
         Tensor of shape (B,).
     """
-    count_B = torch.bincount(document_N, minlength=n_documents).clamp(min=1).to(loss_N.dtype)
-    total_B = torch.zeros(n_documents, dtype=loss_N.dtype, device=loss_N.device)
-    return total_B.index_add(0, document_N, loss_N) / count_B
+    # not bincount: it makes the host wait for a GPU
+    zero_B = torch.zeros(n_documents, dtype=document_N.dtype, device=loss_N.device)
+    count_B = zero_B.index_add(0, document_N, torch.ones_like(document_N)).clamp(min=1)
+    return zero_B.to(loss_N.dtype).index_add(0, document_N, loss_N) / count_B.to(loss_N.dtype)

@@ -63,7 +63,7 @@ def robust_standardise(value_M: Tensor, limit: float = 4.0) -> Tensor:
     """
     centred = value_M - value_M.median()
     spread = 1.4826 * centred.abs().median()
-    scaled = standardise(value_M) if float(spread) == 0 else centred / spread
+    scaled = torch.where(spread == 0, standardise(value_M), centred / spread)
     return scaled.clamp(-limit, limit)
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bilect.bilevel.objective import Objective, lower_objective, upper_objective
 from bilect.data.batch import IGNORE, Batch, make_batch
@@ -47,7 +48,7 @@ class Steps:
     Attributes:
         params: those of the model.
         done: steps so far.
-        loss: of the last step, before it.
+        loss: of the last step, before it; a tensor, since a float makes the host wait for a GPU.
     """
 
     def __init__(
@@ -68,9 +69,9 @@ class Steps:
         for name, p in self.params.items() if adam.step else ():
             moments = {"exp_avg": adam.first[name].clone(), "exp_avg_sq": adam.second[name].clone()}
             self.optimizer.state[p] = {"step": torch.tensor(float(adam.step)), **moments}
-        self.done, self.loss = 0, 0.0
+        self.done, self.loss = 0, torch.tensor(0.0)
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         """One step; returns the loss before it."""
         gradient = self.draw().gradient(self.params, self.bf16)
         for name, p in self.params.items():

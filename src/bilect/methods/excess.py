@@ -42,6 +42,7 @@ from bilect.training.evaluation import document_losses
 __all__ = ["Excess", "ExcessConfig"]
 
 LEAST_HELD_OUT, LOOKS, PATIENCE = 4, 10, 3
+SHOWN_EVERY = 10  # steps between two losses on the screen: to show one, a GPU is waited for
 
 
 class ExcessConfig(MethodConfig):
@@ -119,7 +120,7 @@ class Excess(DocumentMethod[ExcessConfig]):
         loss = steps.step()
         if steps.done % self.inputs.checkpoint_every == 0:
             save_parts(path, parts)
-        task.advance(1, loss=loss)
+        task.advance(1, **({"loss": float(loss)} if steps.done % SHOWN_EVERY == 0 else {}))
 
     def _split(self, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
         """Rows of an upper set that w learns, and those held out."""

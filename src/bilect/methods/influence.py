@@ -70,10 +70,12 @@ class Influence(DocumentMethod[InfluenceConfig]):
         inputs, lm, total_R = self.inputs, self._lm, np.zeros(len(rows))
         for theta, z in self.pairs:
             lm.model.load_state_dict(theta, strict=False)  # what is no parameter stays
-            for part in length_bucketed(store.length_R[rows], np.arange(len(rows)), inputs.batch_tokens):
+            parts, found = [*length_bucketed(store.length_R[rows], np.arange(len(rows)), inputs.batch_tokens)], []
+            for part in parts:
                 batch = make_batch(store.rows(rows[part]), inputs.pad_id).to(inputs.device)
                 d_B = directional(lm, batch, theta, z, self.config.directional)
-                total_R[part] += d_B.double().cpu().numpy()
+                found.append(d_B.double())  # fetched at the end: a GPU goes on while the next batch is made
+            total_R[np.concatenate(parts)] += torch.cat(found).cpu().numpy()
         return self.config.learning_rate * total_R
 
     def score_flops(self, store: TokenStore, rows: np.ndarray) -> float:
@@ -118,14 +120,14 @@ class Influence(DocumentMethod[InfluenceConfig]):
         config, inputs = self.config, self.inputs
         batches, theta = -(-config.upper_documents // config.batch_size), steps.frozen()
         total: Tree = {name: torch.zeros_like(p) for name, p in theta.items()}
-        loss = 0.0
+        loss = torch.zeros((), dtype=torch.float64, device=inputs.device)
         for _ in range(batches):
             gradient = upper_objective_of(steps.lm, upper, inputs, config.learned).gradient(theta, inputs.bf16)
             total = add_scaled(total, gradient.tree, 1 / batches)
-            loss += gradient.ce / batches
+            loss = loss + gradient.ce / batches
         if config.solver == "identity":
-            return total, loss
-        return linear_solve.adam(total, steps.second_moment(total), steps.optimizer.defaults["eps"]).z, loss
+            return total, float(loss)
+        return linear_solve.adam(total, steps.second_moment(total), steps.optimizer.defaults["eps"]).z, float(loss)
 
     def _write(self, folder: Path) -> None:
         save_state(folder / FILE, _Found(self.pairs).state_dict())

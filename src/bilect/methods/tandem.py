@@ -166,13 +166,14 @@ class TandemFit:
         upper = upper_objective(self.model, next(self.upper), self.upper_weights)
         at_u, at_w = (lower.gradient(twin.params, self.bf16) for twin in (self.u, self.w))
         upper_at_w = upper.gradient(self.w.params, self.bf16)
-        loss_u_G, loss_w_G = (torch.tensor(g.ce_S, dtype=torch.float64) / self.alpha_G for g in (at_u, at_w))
+        n_sources, seen = len(self.alpha_G), torch.cat([at_u.ce_S, at_w.ce_S, upper_at_w.ce[None]]).cpu()
+        loss_u_G, loss_w_G = (seen[:n_sources] / self.alpha_G, seen[n_sources:-1] / self.alpha_G)
         self.gradient_G = penalty * (loss_w_G - loss_u_G)
         self.u.step(scale(at_u.tree, penalty))
         self.w.step(add_scaled(upper_at_w.tree, at_w.tree, penalty))
         self.alpha_G = exponentiated_gradient(self.alpha_G, self.gradient_G, self.config.weight_learning_rate)
         self.steps_done += 1
-        return upper_at_w.ce
+        return float(seen[-1])
 
     def state_dict(self) -> dict[str, Any]:
         """All that a step changes, but for the positions of the batch streams."""

@@ -109,7 +109,12 @@ class ScoreModel(PreTrainedModel):
         return score_model.to(model.device)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, return_dict: bool | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        *,
+        right_padded: bool = False,
     ) -> ScoreOutput:
         """Scores of a batch.
 
@@ -117,10 +122,12 @@ class ScoreModel(PreTrainedModel):
             input_ids: (B, T), padded on either side.
             attention_mask: (B, T), 1 at real tokens; None where all are real.
             return_dict: accepted for the Hugging Face interface; the output is always a ``ScoreOutput``.
+            right_padded: promised by the caller, else looked at, for which a GPU is waited for.
         """
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-        if not bool((mask_BT[:, :-1] >= mask_BT[:, 1:]).all()):  # not padded on the right: the trunk must know
+        # where it is not padded on the right, the trunk must know
+        if not (right_padded or bool((mask_BT[:, :-1] >= mask_BT[:, 1:]).all())):
             inputs["attention_mask"] = mask_BT
             inputs["position_ids"] = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
         hidden_BTD = self.trunk(**inputs).last_hidden_state

@@ -58,14 +58,17 @@ def score_rows(
         on_tokens: called with the number of tokens just scored.
     """
     score_model.eval()
-    scores = np.empty(len(rows), dtype=np.float32)
+    scores, parts, found = np.empty(len(rows), dtype=np.float32), list[np.ndarray](), list[torch.Tensor]()
     length_M = store.length_R[rows]
     for part in length_bucketed(length_M, np.arange(len(rows)), batch_tokens):
         batch = make_batch(store.rows(rows[part]), pad_id).to(score_model.device)
         with autocast(score_model.device, bf16):
-            score_B = score_model(batch.input_ids_BT, batch.mask_BT).scores
-        scores[part] = score_B.float().cpu().numpy()
+            score_B = score_model(batch.input_ids_BT, batch.mask_BT, right_padded=True).scores
+        parts.append(part)
+        found.append(score_B.float())  # fetched at the end: a GPU goes on while the next batch is made
         on_tokens(int(length_M[part].sum()))
+    if parts:
+        scores[np.concatenate(parts)] = torch.cat(found).cpu().numpy()
     return scores
 
 

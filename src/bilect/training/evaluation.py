@@ -81,11 +81,14 @@ def document_losses(
 ) -> np.ndarray:
     """Mean cross-entropy of each document, in the order of ``rows``."""
     lm = CausalLM(model)
-    losses: dict[int, float] = {}
-    for part in length_bucketed(store.length_R, rows, batch_tokens):
-        batch = make_batch(store.rows(part), pad_id).to(lm.device)
+    parts, found = [*length_bucketed(store.length_R[rows], np.arange(len(rows)), batch_tokens)], list[torch.Tensor]()
+    for part in parts:
+        batch = make_batch(store.rows(rows[part]), pad_id).to(lm.device)
         hidden_ND = batch.predicting(lm.hidden(batch.input_ids_BT))
         ce_N = token_losses(hidden_ND, lm.head(), batch.labels_N).ce_N
         loss_B = document_mean(ce_N, batch.document_N, batch.n_documents)
-        losses.update(zip(part.tolist(), loss_B.tolist(), strict=True))
-    return np.array([losses[int(r)] for r in rows])
+        found.append(loss_B.double())  # fetched at the end: a GPU goes on while the next batch is made
+    losses = np.empty(len(rows))
+    if parts:
+        losses[np.concatenate(parts)] = torch.cat(found).cpu().numpy()
+    return losses

@@ -142,7 +142,7 @@ def train(
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         dataloader_num_workers=0,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
     )
     checkpoint = newest_checkpoint(output)

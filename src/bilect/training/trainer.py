@@ -58,9 +58,9 @@ class FusedLoss(nn.Module):
     def forward(
         self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        keep_BT = labels[:, 1:] != IGNORE
-        hidden_ND = self.lm.hidden(input_ids)[:, :-1][keep_BT]
-        labels_N = labels[:, 1:][keep_BT]
+        at_N = torch.nonzero(labels[:, 1:] != IGNORE, as_tuple=True)  # once: a GPU is waited for
+        hidden_ND = self.lm.hidden(input_ids)[:, :-1][at_N]
+        labels_N = labels[:, 1:][at_N]
         # the Trainer counts the learned tokens of the whole step, over accumulation and ranks
         n_items = max(len(labels_N), 1) if num_items_in_batch is None else num_items_in_batch
         weight_N = torch.ones(labels_N.shape, device=labels_N.device) / n_items

@@ -107,7 +107,7 @@ class BilevelFit:
         self.steps_done = 0
 
     def step(self) -> dict[str, Any]:
-        """One bilevel step; returns its figures (the same on every rank)."""
+        """One bilevel step; returns its figures (the same on every rank), which are fetched together at its end."""
         config = self.config
         batch = next(self.lower)
         score_B = self._scores(batch)
@@ -132,20 +132,21 @@ class BilevelFit:
         self._score_step()
 
         self.steps_done += 1
-        return {
+        figures |= {
             "step": self.steps_done,
-            **figures,
             **more,
-            "weight_entropy": float(weight_entropy(weight_M)),
-            "effective_sample_size": float(effective_sample_size(weight_M)),
-            "score_mean": float(score_M.mean()),
-            "score_std": float(score_M.std(correction=0)),
-            "score_min": float(score_M.min()),
-            "score_max": float(score_M.max()),
-            "d_std": float(d_M.std(correction=0)),
-            "label_correlation": _rank_correlation(score_M, d_M),  # of labels that the scores have not learned from yet
+            "weight_entropy": weight_entropy(weight_M),
+            "effective_sample_size": effective_sample_size(weight_M),
+            "score_mean": score_M.mean(),
+            "score_std": score_M.std(correction=0),
+            "score_min": score_M.min(),
+            "score_max": score_M.max(),
+            "d_std": d_M.std(correction=0),
             "learning_rate": self.schedules[1].get_last_lr()[0],
         }
+        fetched, (score, d) = _fetched(figures, torch.stack([score_M, d_M]))
+        # of labels that the scores have not learned from yet
+        return {"step": self.steps_done, **fetched, "label_correlation": _rank_correlation(score, d)}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a step changes, but for the positions of the batch streams; the same on every rank."""
@@ -175,7 +176,7 @@ class BilevelFit:
 
     def _scores(self, batch: Batch) -> Tensor:
         with autocast(batch.input_ids_BT.device, self.config.bf16):
-            return self.score_model(batch.input_ids_BT, batch.mask_BT).scores
+            return self.score_model(batch.input_ids_BT, batch.mask_BT, right_padded=True).scores
 
     def _lower(self, batch: Batch, weight_B: Tensor) -> Objective:
         config = self.config
@@ -193,12 +194,7 @@ class BilevelFit:
         """The target's single pass over a batch, in micro-batches: it is the largest model here."""
         if self.target is None:
             return None
-        size = self.config.target_micro_batch
-        parts = [
-            target_on_batch(self.target, batch.rows(slice(i, i + size)), self.config.bf16)
-            for i in range(0, batch.n_documents, size)
-        ]
-        target = TargetOnBatch(torch.cat([p.hidden_NE for p in parts]), parts[0].head)
+        target = target_on_batch(self.target, batch, self.config.bf16, self.config.target_micro_batch)
         if not self._many_gradients:
             return target
         return target.hold(torch.promote_types(self.proxy.model.dtype, torch.float32))
@@ -211,7 +207,7 @@ class BilevelFit:
         forward = config.kl_direction == "target_to_proxy"
         return forward and ((solves and config.hvp != "exact") or config.inner_steps > 2)
 
-    def _inner_step(self, lower: Objective) -> tuple[float, float]:
+    def _inner_step(self, lower: Objective) -> tuple[Tensor, Tensor]:
         gradient, loss, kl, _ = lower.gradient(self.params, self.config.bf16)
         for k, p in self.params.items():
             p.grad = gradient[k]
@@ -245,7 +241,7 @@ class BilevelFit:
     def _upper(self) -> Objective:
         return upper_objective(self.proxy, next(self.upper), list(self.upper_sets.values()))
 
-    def _upper_losses(self, loss: float, loss_S: tuple[float, ...]) -> dict[str, Any]:
+    def _upper_losses(self, loss: Tensor, loss_S: Tensor) -> dict[str, Any]:
         """f, and where there are several upper sets the mean loss of each."""
         total = sum(self.upper_sets.values())
         by_set = {
@@ -306,7 +302,21 @@ def _huber(score_B: Tensor, label_M: Tensor, own: slice, batches: int) -> Tensor
     return total / (len(label_M) * batches)
 
 
-def _rank_correlation(a_M: Tensor, b_M: Tensor) -> float | None:
+def _fetched(figures: dict[str, Any], values: Tensor) -> tuple[dict[str, Any], np.ndarray]:
+    """Scalar tensors as floats, those in an inner dict too, and some values: all by one copy from the device."""
+    inner = {(k, name): x for k, v in figures.items() if isinstance(v, dict) for name, x in v.items()}
+    scalars = {k: v for k, v in (*figures.items(), *inner.items()) if isinstance(v, Tensor)}
+    flat = torch.cat([torch.stack([v.double() for v in scalars.values()]), values.double().flatten()]).cpu().numpy()
+    floats = dict(zip(scalars, flat.tolist(), strict=False))
+
+    def plain(key: Any, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain((key, name), x) for name, x in value.items()}
+        return floats.get(key, value)
+
+    return {k: plain(k, v) for k, v in figures.items()}, flat[len(scalars) :].reshape(values.shape)
+
+
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     """Spearman's; None where one of both is constant."""
-    a, b = a_M.double().cpu().numpy(), b_M.double().cpu().numpy()
     return float(spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else None

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bilect.bilevel.objective import Objective
 from bilect.functional.trees import Tree, add_scaled, scale
@@ -44,8 +45,8 @@ class Twins:
 
     reference: Tree
     matched: Tree | None
-    upper_loss: float
-    upper_loss_S: tuple[float, ...] = ()
+    upper_loss: Tensor
+    upper_loss_S: Tensor
 
     @staticmethod
     def train(
@@ -73,7 +74,7 @@ class Twins:
         """
         w = FirstOrderModel(params, learning_rate, grad_clip)
         m = FirstOrderModel(params, learning_rate, grad_clip) if matched else None
-        upper_loss, upper_loss_S = float("nan"), tuple[float, ...]()
+        upper_loss, upper_loss_S = torch.tensor(torch.nan), torch.zeros(0)
         for _ in range(steps):
             lower, upper = draw()
             upper_gradient, upper_loss, _, upper_loss_S = upper.gradient(w.params, bf16)

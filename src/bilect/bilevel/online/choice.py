@@ -52,5 +52,5 @@ def token_mean(mask_N: Tensor, scope: Scope = "global") -> Tensor:
     """
     if scope == "local":
         return mask_N.double() / mask_N.sum().clamp(min=1)
-    count = distributed.sum_scalar(float(mask_N.sum()))
-    return mask_N.double() * (distributed.world_size() / max(count, 1.0))
+    count = distributed.sum_tree({"": mask_N.sum().double()})[""]  # no number: for that a GPU is waited for
+    return mask_N.double() * (distributed.world_size() / count.clamp(min=1))
