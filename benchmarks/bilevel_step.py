@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _peak import shown, utilisation
 from _published_step import PublishedStep
 from rich.console import Console
 from rich.table import Table
 
+from bilect.bilevel.cost import fit_flops
 from bilect.bilevel.offline.fit import BilevelFit
 from bilect.config import FitConfig
 from bilect.data.batch import Batch, make_batch
@@ -59,7 +61,7 @@ def main() -> None:
     steps = {name: make(name) for name in names}
     seconds, d_B = time_in_turn(steps, device, args)
     parts = breakdown(steps["ours"], device)
-    report(args, device, seconds, memory, parts, d_B)
+    report(args, device, seconds, memory, parts, d_B, step_flops(steps["ours"], args))
 
 
 def parse_args() -> argparse.Namespace:
@@ -141,6 +143,17 @@ def batches(args: argparse.Namespace, device: torch.device, seed: int) -> Iterat
     return itertools.cycle(made)
 
 
+def step_flops(fit: Step, args: argparse.Namespace) -> float:
+    """Of one of our steps."""
+    assert isinstance(fit, BilevelFit)
+    config = fit.config.model_copy(
+        update={"steps": 1, "lower_batch_size": args.documents, "upper_batch_size": args.documents}
+    )
+    target = None if fit.target is None else fit.target.model
+    length = float(args.tokens)
+    return fit_flops(config, fit.proxy.model, fit.score_model, target, lower_length=length, upper_length=length)
+
+
 def time_in_turn(
     steps: dict[str, Step], device: torch.device, args: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
@@ -187,22 +200,23 @@ def breakdown(fit: Step, device: torch.device) -> dict[str, float]:
     """Seconds of the parts of one of our steps, from one further step."""
     parts: dict[str, float] = {}
 
-    def watch(method: str, name: str) -> None:
-        inner = getattr(fit, method)
+    def watch(owner: Any, method: str, name: str) -> None:
+        inner = getattr(owner, method)
 
         def watched(*args: Any) -> Any:
             spent, result = timed(inner, device, *args)
             parts[name] = parts.get(name, 0.0) + spent
             return result
 
-        setattr(fit, method, watched)
+        setattr(owner, method, watched)
 
-    watch("_scores", "scores")
-    watch("_target_on", "target forward")
-    watch("_inner_step", "inner step")
-    watch("_solve", "solve")
-    watch("_implicit", "implicit")
-    watch("_score_step", "score step")
+    assert isinstance(fit, BilevelFit)
+    watch(fit, "_scores", "scores")
+    watch(fit, "_target_on", "target forward")
+    watch(fit, "_inner_step", "inner step")
+    watch(fit.solver, "solve", "solve")
+    watch(fit, "_implicit", "implicit")
+    watch(fit, "_score_step", "score step")
     whole, _ = timed(fit.step, device)
     parts["upper gradient, directional"] = parts.pop("implicit") - parts["solve"]
     parts["rest"] = whole - sum(parts.values())
@@ -249,6 +263,7 @@ def report(
     memory: dict[str, dict[str, Any]],
     parts: dict[str, float],
     d_B: dict[str, torch.Tensor],
+    flops: float,
 ) -> None:
     plain = statistics.median(seconds["plain"])
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -271,6 +286,8 @@ def report(
         )
     console = Console(width=110)
     console.print(table)
+    use = utilisation(flops, median["ours"], device)
+    console.print(f"ours: {flops / 1e12:.3g} TFLOPs a step, {shown(use)}")
     whole = sum(parts.values())
     console.print("ours: " + ", ".join(f"{name} {value / whole:.0%}" for name, value in parts.items()))
     figures = {
@@ -280,6 +297,8 @@ def report(
         "repeats": len(seconds["plain"]),
         "memory": memory,
         "d_correlation": agreement,
+        "flops": flops,
+        **use,
         "breakdown_seconds": parts,
         "device": device_name(device),
         "torch": torch.__version__,

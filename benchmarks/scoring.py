@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import zstandard
+from _peak import shown, utilisation
 from rich.console import Console
 from rich.table import Table
 
@@ -42,10 +43,11 @@ from bilect.methods.contract import Inputs
 from bilect.methods.excess import Excess
 from bilect.methods.influence import Influence, InfluenceConfig
 from bilect.models.causal_lm import CausalLM
+from bilect.models.flops import forward_flops
 from bilect.models.loading import load_causal_lm, load_tokenizer, train_tokenizer
 from bilect.models.score_model import ScoreModel
 from bilect.runtime.device import autocast, pick_device
-from bilect.runtime.memory import peak_gb
+from bilect.runtime.memory import peak_gb, reset_peak
 from bilect.selection.scoring import ROWS_AT_ONCE, score_rows, write_scores
 
 FILES = 4
@@ -65,13 +67,13 @@ def main() -> None:
         texts = [json.loads(line)["text"] for line in lines(work / "text" / "0.jsonl.zst")[:500]]
         train_tokenizer(texts, args.vocabulary).save_pretrained(work / "tokenizer")
         seconds, tokens = in_turn(args, work)
-        passes = direct(args, work)
-        peaks = {}
-        for share in (1, 4):
+        passes, rates = direct(args, work)
+        peaks: dict[int, int] = {}
+        for share in (1, 4) if args.memory else ():
             make_corpus(work / f"text-{share}", share)
             peaks[share] = memory_of(args, work, share)
     ratio = seconds["bare"] / seconds["end to end"]
-    growth = (peaks[4] - peaks[1]) / 2**20
+    growth = (peaks[4] - peaks[1]) / 2**20 if peaks else None
     table = Table(title=f"{args.model}, {tokens:,} tokens, context {args.context}, {torch.get_num_threads()} threads")
     for column in ("", "seconds", "tokens/s"):
         table.add_column(column, justify="right" if column else "left")
@@ -80,11 +82,16 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(f"throughput end to end: {ratio:.3f} of the bare forward passes")
-    console.print(f"peak memory: {peaks[1] / 2**20:.0f} MiB for one megabyte, {growth:+.0f} MiB for four")
+    if growth is not None:
+        console.print(f"peak memory: {peaks[1] / 2**20:.0f} MiB for one megabyte, {growth:+.0f} MiB for four")
     for name, value in passes.items():
         console.print(f"{name}: {value:.2f} forward passes of the proxy")
+    for name, rate in rates.items():
+        console.print(f"{name}: {rate['tokens_per_second']:,.0f} tokens/s, {shown(rate)}")
     rounded = {name: round(value, 3) for name, value in passes.items()}
-    print(json.dumps({"throughput_ratio": round(ratio, 4), "memory_growth_mib": round(growth, 1), "passes": rounded}))
+    figures = {"throughput_ratio": round(ratio, 4), "memory_growth_mib": growth, "passes": rounded}
+    speeds = {part: tokens / value for part, value in seconds.items()}
+    print(json.dumps({**figures, "scoring_tokens_per_second": speeds, "rates": rates}))
 
 
 def parse_args() -> argparse.Namespace:
@@ -98,6 +105,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", default=cuda)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="that of the process")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
@@ -153,15 +161,19 @@ def in_turn(args: argparse.Namespace, work: Path) -> tuple[dict[str, float], int
     return {name: statistics.median(values) for name, values in seconds.items()}, int(store.length_R.sum())
 
 
-def direct(args: argparse.Namespace, work: Path) -> dict[str, float]:
-    """Cost of influence, each way, and of excess; medians of turns in one process, over that of a bare pass."""
+def direct(args: argparse.Namespace, work: Path) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Cost of influence, each way, and of excess; medians of turns in one process, over that of a bare pass.
+
+    Then tokens a second, and use of the device. The bare pass and influence are in float32, as differences want it;
+    excess is in bfloat16 where the device has it.
+    """
     store = tokenise(args, work, "text", work / "first")
     rows, pad = np.arange(len(store)), load_tokenizer(str(work / "tokenizer")).eos_token_id
     device = pick_device(args.device)
     model = load_causal_lm(args.model, vocab_size=args.vocabulary, context=args.context)
     model.save_pretrained(work / "proxy")
     given = {"proxy": work / "proxy", "scratch": work / "fit", "pad_id": pad, "seed": 0, "device": device}
-    inputs = Inputs(store, rows, [], **given, batch_tokens=args.batch_tokens)
+    inputs = Inputs(store, rows, [], **given, batch_tokens=args.batch_tokens, bf16=args.bf16)
     lm, params = CausalLM(inputs.warm_proxy), {k: p.detach() for k, p in inputs.warm_proxy.named_parameters()}
     batches = [
         make_batch(store.rows(some), pad).to(device)
@@ -182,12 +194,21 @@ def direct(args: argparse.Namespace, work: Path) -> dict[str, float]:
     excess.inputs, excess.base, excess.reference = inputs, inputs.warm_proxy, inputs.warm_proxy
     actions["excess"] = partial(excess.score, store, rows)
     bare()  # the first passes are slower
-    seconds = {name: list[float]() for name in actions}
+    seconds, peak = {name: list[float]() for name in actions}, dict[str, float]()
     for _ in range(max(args.repeats, 3)):
         for name, action in actions.items():
+            reset_peak(device)
             seconds[name].append(clock(action))
+            peak[name] = peak_gb(device)  # on a CPU of the whole process, with what came before
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    return {name: value / median["bare"] for name, value in median.items() if name != "bare"}
+    tokens = float(store.length_R.sum())
+    one = forward_flops(model, tokens, tokens / len(rows))
+    rates = {
+        name: {"tokens_per_second": tokens / value, "peak_gb": peak[name],
+               **utilisation(one * (1 if name == "bare" else 2), value, device)}
+        for name, value in median.items()
+    }  # fmt: skip
+    return {name: value / median["bare"] for name, value in median.items() if name != "bare"}, rates
 
 
 def clock(action) -> float:

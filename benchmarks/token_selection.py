@@ -26,12 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _peak import shown, utilisation
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from bilect.bilevel.online import choice
 from bilect.bilevel.online.selector import OnlineTokenSelector
+from bilect.bilevel.online.wrappers import unwrap
+from bilect.models.flops import forward_flops
 from bilect.models.loading import load_causal_lm
 from bilect.runtime import distributed
 from bilect.runtime.device import autocast, pick_device
@@ -40,6 +43,7 @@ from bilect.runtime.memory import peak_gb
 Batch = dict[str, Tensor]
 K_OVER_T = 0.3
 FLOOR = 4 / 3
+PASSES = {"plain": 3, "full": 3, "blade": 4}  # forward passes a step is worth
 
 
 def main() -> None:
@@ -53,8 +57,8 @@ def main() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         share = max(apart(device, *((share_of_choosing, (args, device, rank, port)) for rank in range(2))))
-    seconds = time_in_turn(args, device)
-    report(args, device, seconds, memory, share)
+    seconds, forward = time_in_turn(args, device)
+    report(args, device, seconds, memory, share, forward)
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,7 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, help="size of the vocabulary (default: 8192; on a GPU 50304)")
     parser.add_argument("--keep-ratio", type=float, default=0.6)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="mixed precision (default: on a GPU)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the model")
     parser.add_argument("--seconds", type=float, default=10.0, help="time to spend on repeats (at least three)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: its own choice)")
@@ -89,7 +93,7 @@ class Step:
         self.args, self.device, self.kind = args, device, kind
         self.model = load_causal_lm(args.model, vocab_size=args.vocab, context=args.tokens).to(device).train()
         if args.compile:
-            self.model = torch.compile(self.model)
+            self.model = torch.compile(self.model, backend=args.compile)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=device.type == "cuda")
         self.batches = [batch(args, device, seed) for seed in range(2)]
         self.made = 0
@@ -135,7 +139,8 @@ def batch(args: argparse.Namespace, device: torch.device, seed: int) -> Batch:
     return {"input_ids": ids_BT, "labels": ids_BT.clone()}
 
 
-def time_in_turn(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+def time_in_turn(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, list[float]], float]:
+    """Seconds of every step, and the FLOPs of a forward pass."""
     steps = {name: Step(args, device, name) for name in ("plain", "full", "blade")}
     for step in steps.values():  # warms up
         for _ in range(3 if args.compile else 2):
@@ -146,7 +151,7 @@ def time_in_turn(args: argparse.Namespace, device: torch.device) -> dict[str, li
         for name, step in steps.items():
             seconds[name].append(timed(step, device))
     seconds["sync"] = [steps["blade"].synchronisation() for _ in range(3)]
-    return seconds
+    return seconds, forward_flops(unwrap(steps["blade"].model), args.rows * args.tokens, args.tokens)
 
 
 def timed(action: Callable[[], Any], device: torch.device) -> float:
@@ -246,6 +251,7 @@ def report(
     seconds: dict[str, list[float]],
     memory: dict[str, dict[str, float]],
     share: float | None,
+    forward: float,
 ) -> None:
     def ratio(name: str, to: str = "plain") -> float:
         return statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
@@ -266,6 +272,10 @@ def report(
     table.add_row("one reference step", f"{median['sync']:.4f}", f"{sync_ratio:.3f}", "")
     table.add_row(f"with K/T = {K_OVER_T}", "", f"{with_sync:.3f}", f"{memory['blade']['with_sync_gb']:.3f}")
     Console(width=110).print(table)
+    # a chosen token saves the backward pass of the head alone, which is not taken off
+    use = {kind: utilisation(passes * forward, median[kind], device) for kind, passes in PASSES.items()}
+    for kind, value in use.items():
+        print(f"{kind}: {args.rows * args.tokens / median[kind]:,.0f} tokens/s, {shown(value)}")
     print(
         f"floors: {FLOOR:.3f} and, with K/T = {K_OVER_T}, {floor_with_sync:.3f}; one model's weights: {weights:.3f} GB"
     )
@@ -279,6 +289,7 @@ def report(
         "floor_with_sync": floor_with_sync,
         "with_sync_over_floor": with_sync / floor_with_sync,
         "share_of_choosing_two_ranks": share,
+        "utilisation": use,
         "seconds": median,
         "memory": memory,
         "repeats": len(seconds["plain"]),

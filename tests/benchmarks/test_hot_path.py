@@ -57,3 +57,14 @@ def test_what_counts_as_waiting():
         with Waits() as waits:
             ask(x[:1])
         assert waits.at == {"": 1}, ask
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", [name for name in WAITS if name.startswith(("fit", "influence", "losses"))])
+def test_a_gpu_gives_what_a_cpu_does(made, name):
+    ours, theirs = (s[name]() for s in (steps(torch.device("cpu")), steps(torch.device("cuda"))))
+    if isinstance(ours, dict):
+        ours, theirs = ([figures[k] for k in ("lower_loss", "upper_loss", "score_mean", "d_std")]
+                        for figures in (ours, theirs))  # fmt: skip
+    assert theirs == pytest.approx(ours, rel=1e-2, abs=1e-4)
