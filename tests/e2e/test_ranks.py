@@ -18,11 +18,12 @@ from bilect.config import parse_config
 from bilect.pipeline.stages import run
 from tests.corpus import tiny_settings
 
-ARMS = ["dsir", "perplexity", "less", "mates", "excess", "influence", "amortised", "blade"]
+FEW = ["dsir", "mates", "excess", "blade"]
+ALL = [*FEW, "perplexity", "less", "influence", "amortised"]
 
 
-def settings(corpus):
-    values = tiny_settings(corpus, controls=ARMS)
+def settings(corpus, arms):
+    values = tiny_settings(corpus, controls=arms)
     for part in (*values["warmup"].values(), values["training"]):
         part |= {"steps": 8, "decay_steps": 2}
     values["fit"] |= {"steps": 6, "directional": "ghost"}
@@ -30,9 +31,13 @@ def settings(corpus):
     values["selection"] = {"keep_ratio": 0.2, "max_per_cluster": 3}
     values["online"] = {"method": "full", "sync_every": 4, "reference_steps": 2}
     excess = {"steps": 12, "batch_size": 4}
-    values["methods"] = {"mates": {"probes": 12, "upper_documents": 8}, "excess": excess}
-    values["methods"]["influence"] = {"directional": "ghost"}  # exact, where differences are of float32
-    values["methods"]["amortised"] = {"of": "excess", "labels": 24, "epochs": 2, "settings": excess}
+    methods = {
+        "mates": {"probes": 12, "upper_documents": 8},
+        "excess": excess,
+        "influence": {"directional": "ghost"},  # exact, where differences are of float32
+        "amortised": {"of": "excess", "labels": 24, "epochs": 2, "settings": excess},
+    }
+    values["methods"] = {arm: methods[arm] for arm in arms if arm in methods}
     return values
 
 
@@ -51,10 +56,15 @@ def start(config_file, out, ranks):
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module", params=[FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"])
+def arms(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def config_file(corpus, tmp_path_factory):
+def config_file(corpus, arms, tmp_path_factory):
     file = tmp_path_factory.mktemp("ranks") / "config.yaml"
-    file.write_text(yaml.safe_dump(settings(corpus)))
+    file.write_text(yaml.safe_dump(settings(corpus, arms)))
     return file
 
 
@@ -69,10 +79,10 @@ def scores(folder: Path):
     return [r["doc_id"] for r in rows], np.array([r["score"] for r in rows], dtype=np.float64)
 
 
-def check(out, alone):
+def check(out, alone, arms):
     one, summary = alone
     assert json.loads((out / "tokens" / "pool.json").read_text()) == json.loads((one / "tokens/pool.json").read_text())
-    for folder in ("round-1", *(f"controls/{arm}/round-1" for arm in ARMS[:-1])):
+    for folder in ("round-1", *(f"controls/{arm}/round-1" for arm in arms if arm != "blade")):
         (ids, score_R), (ids_one, one_R) = scores(out / folder / "scores"), scores(one / folder / "scores")
         assert ids == ids_one
         assert np.ptp(one_R) > 1e-3, folder
@@ -88,7 +98,7 @@ def check(out, alone):
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_every_stage_on_several_ranks(config_file, alone, ranks):
+def test_every_stage_on_several_ranks(config_file, alone, arms, ranks):
     out = config_file.with_name(f"of-{ranks}")
     processes = start(config_file, out, ranks)
     try:
@@ -97,10 +107,10 @@ def test_every_stage_on_several_ranks(config_file, alone, ranks):
     finally:
         for process in processes:
             process.kill()
-    check(out, alone)
+    check(out, alone, arms)
 
 
-def test_a_killed_rank_ends_all_in_one_line_and_the_same_command_goes_on_with_one(config_file, alone):
+def test_a_killed_rank_ends_all_in_one_line_and_the_same_command_goes_on_with_one(config_file, alone, arms):
     out = config_file.with_name("killed")
     processes = start(config_file, out, 2)
     try:
@@ -119,4 +129,4 @@ def test_a_killed_rank_ends_all_in_one_line_and_the_same_command_goes_on_with_on
     run(parse_config(yaml.safe_load(config_file.read_text())), out)
     after = json.loads((out / "run.json").read_text())["stages"]
     assert {"tokenise pool", "warm up proxy"} <= set(done) and {name: after[name] for name in done} == done
-    check(out, alone)
+    check(out, alone, arms)

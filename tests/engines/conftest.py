@@ -1,5 +1,6 @@
 """Engines for the tests of their contract; Ray is started once."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -17,8 +18,10 @@ def started_ray() -> Iterator[None]:
         pytest.skip(str(error))
     import ray
 
+    former = signal.getsignal(signal.SIGTERM)
     ray.init("local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False,
              logging_level="ERROR")  # fmt: skip
+    signal.signal(signal.SIGTERM, former)  # Ray has put its own in place, which later tests must not meet
     yield
     ray.shutdown()
 
