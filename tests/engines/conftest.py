@@ -19,8 +19,15 @@ def started_ray() -> Iterator[None]:
     import ray
 
     former = signal.getsignal(signal.SIGTERM)
-    ray.init("local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False,
-             logging_level="ERROR")  # fmt: skip
+    for attempt in range(1, 4):  # Ray gives a node 30 seconds to start, which a busy machine may miss
+        try:
+            ray.init("local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False,
+                     logging_level="ERROR")  # fmt: skip
+            break
+        except Exception:
+            ray.shutdown()
+            if attempt == 3:
+                raise
     signal.signal(signal.SIGTERM, former)  # Ray has put its own in place, which later tests must not meet
     yield
     ray.shutdown()
