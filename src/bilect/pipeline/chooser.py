@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from bilect.config import Config
 from bilect.data.document import Document
 from bilect.data.tokens import TokenStore, write_tokens
 from bilect.methods.contract import DocumentMethod
@@ -37,8 +36,9 @@ class Chooser:
     """
 
     def __init__(self, run: str | Path, device: str | None = None) -> None:
-        self.run, self._device = Path(run).resolve(), device
-        config, _ = fitted_in(self.run)
+        self.run = Path(run).resolve()
+        config, self._fitted = fitted_in(self.run)
+        self._config = config if device is None else config.model_copy(update={"device": device})
         stages = read_manifest(self.run)["stages"]
         self.cut: float | None = stages.get(f"round {config.rounds}: select {config.method}", {}).get("threshold")
 
@@ -68,15 +68,9 @@ class Chooser:
         return np.divide(total, weight, out=np.full(number, -np.inf), where=weight > 0)
 
     @cached_property
-    def _config(self) -> Config:
-        config, _ = fitted_in(self.run)
-        return config if self._device is None else config.model_copy(update={"device": self._device})
-
-    @cached_property
     def _context(self) -> RunContext:
         return RunContext(self.run, self._config, SilentProgress())
 
     @cached_property
     def _method(self) -> DocumentMethod[Any]:
-        _, fitted = fitted_in(self.run)
-        return fitted_method(self._context, self._context, fitted, np.zeros(0, np.int64), self.run / ".chooser")
+        return fitted_method(self._context, self._context, self._fitted, np.zeros(0, np.int64), self.run / ".chooser")

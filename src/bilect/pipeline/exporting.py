@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from bilect.data.store import TokenStore
+from bilect.data.tables import kept_file
 from bilect.errors import BilectError, reason
 from bilect.integrations import exporters
 from bilect.integrations.exporters._card import card
@@ -119,25 +120,24 @@ def _kept(selection: Path, tokens: Path | None) -> tuple[Kept, Path | None]:
     rounds = sorted(
         selection.glob("round-*/selected"), key=lambda folder: (len(folder.parent.name), folder), reverse=True
     )
-    found = [f for folder in (selection, *rounds) for name in ("kept.parquet", "kept.jsonl.zst")
-             if (f := folder / name).is_file()]  # fmt: skip
-    if not found:
+    found = next((file for folder in (selection, *rounds) if (file := kept_file(folder)) is not None), None)
+    if found is None:
         raise BilectError(f"export: {selection} holds no selection (kept.parquet or kept.jsonl.zst)")
-    if found[0].suffix == ".parquet":
+    if found.suffix == ".parquet":
         try:
-            pq.read_schema(found[0])
+            pq.read_schema(found)
         except (pa.ArrowException, OSError) as error:
-            raise BilectError(f"export: {found[0]} is not a readable Parquet file: {reason(error)}") from error
+            raise BilectError(f"export: {found} is not a readable Parquet file: {reason(error)}") from error
     if tokens is None:
-        near = (parent / "tokens" for parent in found[0].resolve().parents)
+        near = (parent / "tokens" for parent in found.resolve().parents)
         tokens = next((folder for folder in near if (folder / "pool.json").is_file()), None)
     elif not (tokens / "pool.json").is_file():
         raise BilectError(f"export: {tokens} holds no token files (pool.json)")
     if tokens is None:
-        return Kept(found[0]), None
+        return Kept(found), None
     run = tokens.resolve().parent
     store: TokenStore = open_pool(tokens)
-    return Kept(found[0], store, run / "tokenizer" if (run / "tokenizer" / "tokenizer.json").is_file() else None), run
+    return Kept(found, store, run / "tokenizer" if (run / "tokenizer" / "tokenizer.json").is_file() else None), run
 
 
 def _data_card(
