@@ -72,7 +72,7 @@ def setting(cell: Cell) -> dict[str, Any]:
         texts[role] = {"names": names, **counts[role], "fingerprint": content_hash(identities)}
     methods = {arm: method.config.model_dump(mode="json") for arm, method in methods_of(cell.config).items()}
     config = cell.config.model_dump(
-        mode="json", exclude={"seed", "compare", "methods", "workers", "method", "controls"}
+        mode="json", exclude={"seed", "compare", "methods", "engine", "workers", "method", "controls"}
     )
     return {"texts": texts, "config": nameless(config), "methods": nameless(methods)}
 
