@@ -5,6 +5,9 @@
 Forked from here, before any computation, because importing takes longer than all the steps.
 """
 
+import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bilect.bilevel.online.selector import OnlineTokenSelector
+from bilect.bilevel.online.selector_files import load_selector, save_selector
 from bilect.runtime import distributed
 from tests.bilevel.online_helpers import Batch, make_batch
 from tests.distributed.ranks import main
@@ -28,6 +32,7 @@ SCENARIOS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "accumulated": ("ddp", "llama", {"micro_batches": 2}),
     "fsdp": ("fsdp", "gpt_neox", {}),
     "fsdp, resumed": ("fsdp", "gpt_neox", {"baseline": "matched", "resume": True}),
+    "fsdp, handed on": ("fsdp", "gpt_neox", {"baseline": "matched", "resume": True}),
 }
 
 
@@ -53,7 +58,14 @@ def full(p: Tensor) -> Tensor:
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
-def run(scenario: str) -> dict[str, Any]:
+def run(scenario: str, written: Path | None = None, read: Path | None = None) -> dict[str, Any]:
+    """Steps of a scenario.
+
+    Args:
+        scenario: its name.
+        written: where the selection's state is left, in the middle of a synchronisation.
+        read: what the selection goes on from there: what other ranks have left.
+    """
     how, kind, choice = SCENARIOS[scenario]
     choice = dict(choice)
     resume, micro_batches = choice.pop("resume", False), choice.pop("micro_batches", 1)
@@ -79,14 +91,14 @@ def run(scenario: str) -> dict[str, Any]:
     for step in range(STEPS):
         if resume and step == 3:  # in the middle of the reference steps that the loss of step 4 begins with
             state: list[Any] = []
-            selector.on_reference_step = lambda s, state=state: state.append(s.state_dict())
+            selector.on_reference_step = partial(keep, state, written)
         whole = [make_batch(10 * step + i, LENGTHS) for i in range(micro_batches)]
         items = None if micro_batches == 1 else sum(int((b["labels"][:, 1:] != -100).sum()) for b in whole)
         total = 0.0
         if resume and step == 4:
             selector.loss(outer, part(whole[0]))  # synchronises, and leaves its states
             selector = selector_for(outer)
-            selector.load_state_dict(state[1])
+            selector.load_state_dict(state[1]) if read is None else load_selector(read, selector, "no remedy")
             assert selector._synchroniser is not None and selector._synchroniser.made == 2
         for batch in whole:
             loss = selector.loss(outer, part(batch), items)
@@ -107,6 +119,18 @@ def run(scenario: str) -> dict[str, Any]:
         "reference": {k: full(p) for k, p in selector.reference.forward.base.named_parameters()},
         "sharded": selector.reference.sharded,
     }
+
+
+def keep(states: list[Any], folder: Path | None, selector: OnlineTokenSelector) -> None:
+    states.append(selector.state_dict())
+    if folder is not None and len(states) == 2:
+        folder.mkdir(exist_ok=True)
+        save_selector(folder, selector)
+
+
+def handed_on(out: str, world: int) -> Path:
+    """Where the ranks of a group leave the state of the scenario that is handed on."""
+    return Path(f"{out}.{world}.state")
 
 
 def local(world: int) -> list[Tensor]:
@@ -147,7 +171,9 @@ def ties_and_empty() -> dict[str, Any]:
 
 def work() -> dict[str, Any]:
     world = distributed.world_size()
-    return {**{name: run(name) for name in SCENARIOS}, "local": local(world), "ties": ties_and_empty()}
+    places = {"written": handed_on(sys.argv[1], world), "read": handed_on(sys.argv[1], 2)}  # three ranks from two
+    results = {name: run(name, **places if name == "fsdp, handed on" else {}) for name in SCENARIOS}
+    return {**results, "local": local(world), "ties": ties_and_empty()}
 
 
 if __name__ == "__main__":

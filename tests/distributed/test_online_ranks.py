@@ -4,13 +4,14 @@ Five documents a batch, so the ranks hold unequal parts with unequal numbers of 
 """
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed import online_on_ranks
-from tests.distributed.online_on_ranks import LENGTHS, SCENARIOS, STEPS
+from tests.distributed.online_on_ranks import LENGTHS, SCENARIOS, STEPS, handed_on, run
 
 SCRIPT = online_on_ranks
 LIMIT = 300  # seconds, for a machine that does much else; it takes about 20
@@ -39,6 +40,18 @@ def test_ranks_equal_one_rank(ranks: list[dict[str, Any]], scenario: str) -> Non
             assert a["agreement"] == b["agreement"] and a["step"] == b["step"]
             for k in ("kept", "delta", "share_positive", "distance_reference", "distance_last_sync"):
                 assert b[k] == pytest.approx(a[k], rel=1e-5), k
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_one_process_goes_on_from_what_ranks_have_left(results: Path, world: int) -> None:
+    alone, one = run("fsdp, handed on", read=handed_on(str(results), world)), one_rank("fsdp, handed on")
+    assert alone["losses"] == pytest.approx(one["losses"], abs=1e-9)
+    for k, p in one["reference"].items():
+        torch.testing.assert_close(alone["reference"][k], p, rtol=0, atol=1e-9)
+    assert all(torch.equal(a, b) for a, b in zip(alone["masks"], one["masks"], strict=True))
+    assert [e["agreement"] for e in alone["diagnostics"]] == [e["agreement"] for e in one["diagnostics"]]
+    last = [e["distance_last_sync"] for e in alone["diagnostics"]]
+    assert last == pytest.approx([e["distance_last_sync"] for e in one["diagnostics"]], rel=1e-5)
 
 
 def test_local_scope_chooses_on_every_rank(ranks: list[dict[str, Any]]) -> None:

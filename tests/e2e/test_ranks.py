@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ ALL = [*FEW, "perplexity", "less", "influence", "amortised"]
 
 
 def settings(corpus, arms):
-    values = tiny_settings(corpus, controls=arms)
+    values = tiny_settings(corpus, controls=arms, checkpoint_every=2)
     for part in (*values["warmup"].values(), values["training"]):
         part |= {"steps": 8, "decay_steps": 2}
     values["fit"] |= {"steps": 6, "directional": "ghost"}
@@ -41,18 +41,20 @@ def settings(corpus, arms):
     return values
 
 
-def start(config_file, out, ranks):
+def start(config_file, out, ranks, **kill):
     """In the environment that torchrun gives its processes; the launcher itself would be one more import of torch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": port}
-    command = [sys.executable, "-m", "bilect", "run", str(config_file), "--out", str(out)]
+    arguments = ["run", str(config_file), "--out", str(out)]
+    last = [str(Path(__file__).with_name("killed_rank.py"))] if kill else ["-m", "bilect"]
+    modules = [["-m", "bilect"]] * (ranks - 1) + [last]
     return [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                         env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(ranks)
+        subprocess.Popen([sys.executable, *module, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                         text=True, env={**shared, **kill, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r, module in enumerate(modules)
     ]  # fmt: skip
 
 
@@ -110,23 +112,49 @@ def test_every_stage_on_several_ranks(config_file, alone, arms, ranks):
     check(out, alone, arms)
 
 
-def test_a_killed_rank_ends_all_in_one_line_and_the_same_command_goes_on_with_one(config_file, alone, arms):
+class Advances:
+    """The first advance of every task: what it takes over from an attempt before."""
+
+    def __init__(self):
+        self.first, self.now = {}, ""
+
+    @contextmanager
+    def task(self, name, total=None, unit=None):
+        self.now = name
+        yield self
+
+    def advance(self, amount=1, **figures):
+        if amount:
+            self.first.setdefault(self.now, amount)
+
+    def note(self, text):
+        pass
+
+
+def test_a_killed_rank_ends_all_in_one_line_and_one_process_goes_on_in_the_middle(config_file, alone, arms):
+    """The ranks have the models in shards; the one that goes on reads weights, moments and selection of both."""
     out = config_file.with_name("killed")
-    processes = start(config_file, out, 2)
+    sharded = yaml.safe_load(config_file.read_text())
+    sharded["models"]["shard"] = True
+    file = config_file.with_name("sharded.yaml")
+    file.write_text(yaml.safe_dump(sharded))
+    kill = {"KILL_IN": "round 1: train blade", "KILL_AT": "4"}
+    processes = start(file, out, 2, **kill)
     try:
-        deadline = time.monotonic() + 120
-        while not (out / "warmup" / "proxy").is_dir():  # the next stages are trainings
-            assert time.monotonic() < deadline and processes[0].poll() is None
-            time.sleep(0.02)
-        processes[1].send_signal(signal.SIGKILL)
-        _, told = processes[0].communicate(timeout=60)
-        assert processes[0].returncode == 2
-        assert told.strip().splitlines()[-1].startswith("bilect: another rank has ended"), told
+        ends = [process.communicate(timeout=280)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
+    assert [process.returncode for process in processes] == [2, -signal.SIGKILL], ends
+    assert ends[0].strip().splitlines()[-1].startswith("bilect: another rank has ended"), ends[0]
     done = json.loads((out / "run.json").read_text())["stages"]
-    run(parse_config(yaml.safe_load(config_file.read_text())), out)
+    (checkpoint,) = (out / ".partial").rglob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-4" and (checkpoint / "shards").is_dir()
+    assert sorted(file.name for file in checkpoint.glob("selector-*")) == ["selector-0.pt", "selector-1.pt"]
+
+    progress = Advances()
+    run(parse_config(yaml.safe_load(config_file.read_text())), out, progress)
+    assert progress.first["round 1: train on blade"] == 4
     after = json.loads((out / "run.json").read_text())["stages"]
-    assert {"tokenise pool", "warm up proxy"} <= set(done) and {name: after[name] for name in done} == done
+    assert {"round 1: fit bliss", "warm up target"} <= set(done) and {name: after[name] for name in done} == done
     check(out, alone, arms)

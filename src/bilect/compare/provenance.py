@@ -71,9 +71,8 @@ def setting(cell: Cell) -> dict[str, Any]:
         names = [set_name(source) for source in getattr(cell.config.data, group)]
         texts[role] = {"names": names, **counts[role], "fingerprint": content_hash(identities)}
     methods = {arm: method.config.model_dump(mode="json") for arm, method in methods_of(cell.config).items()}
-    config = cell.config.model_dump(
-        mode="json", exclude={"seed", "compare", "methods", "engine", "workers", "method", "controls"}
-    )
+    not_compared = ("seed", "compare", "methods", "engine", "workers", "method", "controls")
+    config = cell.config.model_dump(mode="json", exclude={**dict.fromkeys(not_compared, True), "models": {"shard"}})
     return {"texts": texts, "config": nameless(config), "methods": nameless(methods)}
 
 

@@ -14,4 +14,7 @@ class ModelsConfig(Settings):
 
     proxy: str | dict[str, Any] = Field("pythia-31m", description="small stand-in for the target (paper: 31M)")
     target: str | dict[str, Any] = Field("pythia-410m", description="the model that is finally trained")
+    shard: bool = Field(
+        False, description="spread what is trained or evaluated over the ranks (FSDP2): where one GPU is too small"
+    )
     score_head: Literal["sigmoid", "linear"] = Field("sigmoid", description="sigmoid in the paper")

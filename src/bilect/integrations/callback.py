@@ -3,7 +3,6 @@
 trainer = AnyTrainer(model, args, ..., callbacks=[BladeCallback(BladeConfig(keep_ratio=0.6), upper_loader)])
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bilect.bilevel.online.selector import OnlineTokenSelector
+from bilect.bilevel.online.selector_files import load_selector, save_selector
 from bilect.bilevel.online.wrappers import unwrap
 from bilect.config.online import BladeConfig
 from bilect.runtime import distributed
-from bilect.runtime.checkpoints import load_state
 
 __all__ = ["BladeCallback"]
 
@@ -61,7 +60,7 @@ class BladeCallback(TrainerCallback):
         if self.selector.keep_ratio == 1.0:
             return
         if state.global_step:
-            self.selector.load_state_dict(load_state(_file(args, state), _RESTORE))
+            load_selector(_folder(args, state), self.selector, _RESTORE)
         base: nn.Module = unwrap(model)
         self._before, own = vars(base).get("forward"), base.forward
 
@@ -91,7 +90,7 @@ class BladeCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the selector's state into the checkpoint."""
         if not args.save_only_model:
-            torch.save(self.selector.state_dict(), _file(args, state))
+            save_selector(_folder(args, state), self.selector)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -106,6 +105,5 @@ class BladeCallback(TrainerCallback):
             base.forward = self._before
 
 
-def _file(args: TrainingArguments, state: TrainerState) -> Path:
-    folder = os.path.join(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-    return Path(folder) / f"selector-{distributed.rank()}.pt"
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,10 +18,10 @@ from transformers.utils import is_datasets_available
 
 from bilect.bilevel.online.feeds import Feed
 from bilect.bilevel.online.selector import OnlineTokenSelector
+from bilect.bilevel.online.selector_files import load_selector, save_selector, selector_file
 from bilect.config.online import BladeConfig
 from bilect.errors import BilectError
 from bilect.runtime import distributed
-from bilect.runtime.checkpoints import load_state
 
 __all__ = ["BladeConfig", "BladeTrainer", "check_complete"]
 
@@ -81,10 +80,7 @@ class BladeTrainer(Trainer):
 
     def _select(self, model: nn.Module) -> None:
         """A selector for the model in training."""
-        upper_dataset, reference = self._given
-        options = self.blade.selector_options(self.args.learning_rate)
-        if reference is not None:
-            options["reference"] = reference
+        upper_dataset, options = self._given[0], self._options()
         if options["keep_ratio"] != 1.0 and (n := self.args.n_gpu) > 1 and not self.is_model_parallel:
             raise BilectError(f"the Trainer spreads batches over {n} GPUs in one process, where no tokens can be "
                               f"chosen; start one process per GPU: torchrun --nproc-per-node={n} SCRIPT")  # fmt: skip
@@ -93,6 +89,10 @@ class BladeTrainer(Trainer):
             self.remove_callback(self._steps)
         self._steps = _Steps(self.selector)
         self.add_callback(self._steps)
+
+    def _options(self) -> dict[str, Any]:
+        options, reference = self.blade.selector_options(self.args.learning_rate), self._given[1]
+        return options if reference is None else {**options, "reference": reference}
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Another model is trained by another selector."""
@@ -155,20 +155,18 @@ class BladeTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if not self.args.save_only_model:
-            torch.save(self.selector.state_dict(), self._selector_file(folder))
+            save_selector(Path(folder), self.selector)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.selector.keep_ratio != 1.0:
-            check_complete(self, resume_from_checkpoint, [os.path.basename(self._selector_file(""))])
+            names = [*_files_of(self), selector_file(Path(resume_from_checkpoint)).name]
+            check_complete(resume_from_checkpoint, names)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.selector.keep_ratio != 1.0:
-            self.selector.load_state_dict(load_state(Path(self._selector_file(checkpoint)), RESTORE))
-
-    def _selector_file(self, folder: str) -> str:
-        return os.path.join(folder, f"selector-{distributed.rank()}.pt")
+            load_selector(Path(checkpoint), self.selector, RESTORE)
 
 
 def _is_table(dataset: Any) -> bool:
@@ -177,21 +175,19 @@ def _is_table(dataset: Any) -> bool:
     return isinstance(dataset, datasets.Dataset)
 
 
-def check_complete(trainer: Trainer, checkpoint: str, more: Iterable[str] = ()) -> None:
-    """All files that the ``Trainer`` would do without, in silence, must be in a checkpoint.
-
-    Args:
-        trainer: what goes on from it.
-        checkpoint: its folder.
-        more: names of further files.
+def check_complete(checkpoint: str | Path, names: Iterable[str]) -> None:
+    """Files that the ``Trainer`` would do without, in silence, must be in a checkpoint.
 
     Raises:
         BilectError: names the first that is missing.
     """
-    rng = f"rng_state_{trainer.args.process_index}.pth" if trainer.args.world_size > 1 else "rng_state.pth"
-    own = [TRAINER_STATE_NAME, rng, *more]
-    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # those keep theirs in folders
-        own += [OPTIMIZER_NAME, SCHEDULER_NAME]
-    for name in own:
+    for name in names:
         if not os.path.isfile(os.path.join(checkpoint, name)):
             raise BilectError(f"checkpoint: {checkpoint} has no {name}; {RESTORE}")
+
+
+def _files_of(trainer: Trainer) -> list[str]:
+    rng = f"rng_state_{trainer.args.process_index}.pth" if trainer.args.world_size > 1 else "rng_state.pth"
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:  # those keep the others in folders
+        return [TRAINER_STATE_NAME, rng]
+    return [TRAINER_STATE_NAME, rng, OPTIMIZER_NAME, SCHEDULER_NAME]

@@ -1,7 +1,8 @@
 """A causal LM seen as trunk and head, so that logits need never exist for a whole batch."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from bilect.errors import BilectError
 from bilect.functional.losses import Head
 from bilect.functional.trees import Tree
 
-__all__ = ["CausalLM", "share_vocabulary"]
+__all__ = ["CausalLM", "instead", "share_vocabulary"]
+
+Result = TypeVar("Result")
 
 
 class CausalLM:
@@ -66,6 +69,16 @@ class CausalLM:
         own = {k.removeprefix(self._prefix): v for k, v in params.items() if k.startswith(self._prefix)}
         return functional_call(self.trunk, own, (), inputs).last_hidden_state
 
+    def call(self, input_ids_BT: Tensor, work: Callable[[Tensor, Head], Result]) -> Result:
+        """``work`` of last hidden states and head, inside the model's own forward call: it may be sharded (FSDP2)."""
+
+        def forward(input_ids: Tensor) -> Result:
+            return work(self.hidden(input_ids), self.head())
+
+        with instead(self.model, forward):
+            result: Result = self.model(input_ids_BT)
+            return result
+
     def head(self, params: Mapping[str, Tensor] | None = None) -> Head:
         """The output head, of the first ``vocabulary`` ids."""
         tree = self.params() if params is None else params
@@ -94,12 +107,28 @@ class CausalLM:
             theirs = self.model(input_ids=ids, use_cache=False).logits
         finally:
             handle.remove()
-        ours = self.head()
-        plain = Head(ours.weight_VD, ours.bias_V).logits(self.hidden(ids))
-        if not (raw and _close(plain, raw[0]) and _close(ours.transform(raw[1]), theirs)):
+
+        def logits(hidden_BTD: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+            return Head(head.weight_VD, head.bias_V).logits(hidden_BTD), head.transform(raw[1])
+
+        if not (raw and all(map(_close, self.call(ids, logits), (raw[0], theirs)))):
             raise BilectError(
                 f"{type(self.model).__name__} transforms its logits in a way bilect does not know; use another model"
             )
+
+
+@contextmanager
+def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another ``forward`` for this instance; one that was set on it before comes back."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def share_vocabulary(a: CausalLM, b: CausalLM) -> None:

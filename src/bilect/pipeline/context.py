@@ -22,6 +22,7 @@ from bilect.runtime import distributed
 from bilect.runtime.device import pick_device
 from bilect.runtime.progress import Progress, SilentProgress
 from bilect.runtime.seeds import derive_seed
+from bilect.runtime.sharding import save_pretrained, shard
 from bilect.selection.near_duplicates import cluster_file
 
 __all__ = [
@@ -137,6 +138,18 @@ class RunContext:
         """A model saved by an earlier stage."""
         return load_causal_lm(str((self.root / folder).resolve())).to(self.device)
 
+    @property
+    def shards(self) -> bool:
+        """Whether models that are trained or evaluated are spread over the ranks."""
+        return self.config.models.shard and distributed.world_size() > 1
+
+    def place(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A model to be trained or evaluated by all ranks: on the device of each, or spread over them."""
+        if not self.shards:
+            return model.to(self.device)
+        shard(model, self.device)
+        return model
+
     def evaluated(self, folder: str) -> str:
         """The folder of the model that stands for a target in evaluations: its decayed copy, where it has one.
 
@@ -146,9 +159,9 @@ class RunContext:
         return f"{folder}-decayed" if training.decay_steps else folder
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
-        """A model with its tokenizer, on the main rank."""
+        """A model with its tokenizer, on the main rank; called on all, which may each have a part of it."""
+        save_pretrained(model, folder)
         if distributed.is_main():
-            model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
 

@@ -70,7 +70,6 @@ class RunDir:
         seed: recorded.
         main: whether this process writes (of several ranks, one does).
         barrier: waits for the other ranks.
-        ranks: their number; what another number has left of an unfinished stage is not gone on from.
 
     Raises:
         BilectError: ``run.json`` is there but is no manifest.
@@ -83,9 +82,8 @@ class RunDir:
         *,
         main: bool = True,
         barrier: Callable[[], None] = lambda: None,
-        ranks: int = 1,
     ) -> None:
-        self.path, self._main, self._barrier, self._ranks = path, main, barrier, ranks
+        self.path, self._main, self._barrier = path, main, barrier
         path.mkdir(parents=True, exist_ok=True)
         self._file = path / "run.json"
         self.manifest = read_manifest(path)
@@ -139,7 +137,7 @@ class RunDir:
                 _clear(scratch)
             return dict(self.manifest["stages"][name])
         if self._main:
-            self._prepare(scratch, {"key": key, "ranks": self._ranks})
+            self._prepare(scratch, key)
         self._barrier()
         finished = scratch / ".finished.json"
         if not finished.is_file():
@@ -159,17 +157,17 @@ class RunDir:
         return dict(self.manifest["stages"][name])
 
     @staticmethod
-    def _prepare(scratch: Path, attempt: dict[str, Any]) -> None:
+    def _prepare(scratch: Path, key: str) -> None:
         """Keep the scratch of an interrupted attempt of this kind; else start an empty one."""
         mark = scratch / ".stage.json"
         try:
-            if json.loads(mark.read_text(encoding="utf-8")) == attempt:
+            if json.loads(mark.read_text(encoding="utf-8")) == {"key": key}:
                 return
         except (OSError, ValueError):
             pass  # none, or none that can be trusted
         _clear(scratch)
         scratch.mkdir(parents=True)
-        write_json(mark, attempt)
+        write_json(mark, {"key": key})
 
     def _put_in_place(self, name: str, scratch: Path, finished: Path) -> None:
         """Move the results and record them. Killed anywhere in here, the next start does the rest."""

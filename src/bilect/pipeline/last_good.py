@@ -12,6 +12,7 @@ from bilect.pipeline.context import RunContext
 from bilect.runtime import distributed
 from bilect.runtime.checkpoints import all_finite
 from bilect.runtime.files import write_json
+from bilect.runtime.sharding import has_shards
 
 __all__ = ["keep_last_good"]
 
@@ -27,10 +28,14 @@ def keep_last_good(run: RunContext, scratch: Path, models: Mapping[str, PreTrain
     """
     folder = run.root / "last-good" / scratch.name
     draft = folder.with_name(f"{folder.name}.draft")
-    if step is not None and distributed.is_main() and all(all_finite(m.parameters()) for m in models.values()):
+    own = [m for m in models.values() if distributed.is_main() or has_shards(m)]
+    bad = sum(not all_finite(map(distributed.local_part, m.parameters())) for m in own)
+    keep = step is not None and distributed.sum_scalar(bad) == 0
+    if distributed.is_main():
         shutil.rmtree(draft, ignore_errors=True)
-        for name, model in models.items():
-            run.save(model, draft / name)
+    for name, model in models.items() if keep else ():
+        run.save(model, draft / name)
+    if keep and distributed.is_main():
         write_json(draft / "step.json", {"step": step})
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(draft, folder)

@@ -109,7 +109,7 @@ def run(
         inputs = texts.input_hashes(context)
         if main:
             stack.enter_context(locked(out))
-        directory = RunDir(out, config.seed, main=main, barrier=distributed.barrier, ranks=distributed.world_size())
+        directory = RunDir(out, config.seed, main=main, barrier=distributed.barrier)
         return _carry_out(context, directory, inputs, command, number, arms, repeat)
 
 

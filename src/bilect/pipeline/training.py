@@ -51,7 +51,7 @@ def warm_up(run: RunContext, scratch: Path, role: str) -> Figures:
     rows, title = run.shard(0, len(pool)), f"warm up the {role}"
     decayed = role == "target"
     labels = ("warm-up", role)
-    return _train(run, model.to(run.device), pool, rows, scratch, out, settings, title, labels, decayed=decayed,
+    return _train(run, run.place(model), pool, rows, scratch, out, settings, title, labels, decayed=decayed,
                   weight_R=pool.weight_R)  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
     whole_shard = not methods_of(run.config)[arm].scores_documents
     return _train(
         run,
-        run.load(start),
+        run.place(load_causal_lm(str(run.root / start))),
         pool,
         rows,
         scratch,
@@ -100,7 +100,7 @@ def _online(run: RunContext, arm: str) -> Online | None:
 
 def evaluate(run: RunContext, scratch: Path, folder: str) -> Figures:
     """Figures of the decayed copy of a target (or of itself, without a decay branch) on every held-out set."""
-    model = run.load(run.evaluated(folder))
+    model = run.place(load_causal_lm(str(run.root / run.evaluated(folder))))
     stores = run.heldout_sets()
     results, flops, tokens = {}, 0.0, 0
     with run.progress.task(f"evaluate {folder}", len(stores)) as task:
@@ -132,13 +132,14 @@ def fidelity(run: RunContext, scratch: Path, number: int) -> Figures:
     tokens = int(pool.length_R[probe].sum())
 
     def judged(folder: str) -> tuple[np.ndarray, float]:
-        model = run.load(folder)
+        model = run.place(load_causal_lm(str(run.root / folder)))
         losses = evaluation.document_losses(model, pool, probe, run.pad_id, run.config.score_batch_tokens)
         task.advance(1)
         return losses, forward_flops(model, tokens, tokens / len(probe))
 
     with run.progress.task(f"round {number}: proxy fidelity", len(folders)) as task:
-        found = dict(zip(folders, distributed.spread(judged, list(folders.values())), strict=True))
+        share = map if run.shards else distributed.spread  # a sharded model needs all ranks
+        found = dict(zip(folders, share(judged, list(folders.values())), strict=True))
     losses = {name: loss_R for name, (loss_R, _) in found.items()}
     flops = sum(flops for _, flops in found.values())
     result = {
@@ -203,7 +204,7 @@ def _train(
             if before_decay.is_file():
                 figures = json.loads(before_decay.read_text(encoding="utf-8"))
                 figures["curve_seconds"] = 0.0  # another process spent them
-                model = load_causal_lm(str(out)).to(run.device)
+                model = run.place(load_causal_lm(str(out)))
                 task.advance(settings.steps)
             else:
                 first = {**common, "task": task, "seed": seed, "start_from": start_from, "curve": curve}

@@ -1,6 +1,6 @@
 """Data parallelism over ``torch.distributed``; every function is the identity on a single rank.
 
-The only module that talks to ``torch.distributed``. Launch with ``torchrun``; ``start`` joins the process group.
+Only this module and ``sharding`` talk to ``torch.distributed``. Launch with ``torchrun``; ``start`` joins the group.
 """
 
 import os
@@ -27,6 +27,7 @@ __all__ = [
     "own_part",
     "rank",
     "reshard",
+    "rows_of",
     "spread",
     "start",
     "sum_scalar",
@@ -84,6 +85,14 @@ def local_part(x: Tensor) -> Tensor:
     """This rank's values of a sharded parameter, sharing memory with it; any other tensor itself."""
     part: Tensor = x.to_local() if is_sharded(x) else x  # type: ignore[attr-defined]
     return part
+
+
+def rows_of(x: Tensor, value: Tensor) -> Tensor:
+    """This rank's part of a value like a sharded parameter; the value itself where it is that part already."""
+    if local_part(x).shape == value.shape:
+        return value
+    rows = -(-value.shape[0] // world_size())  # FSDP2 cuts the first axis so: the last parts have less, or nothing
+    return value[rank() * rows : (rank() + 1) * rows]
 
 
 def reshard(model: nn.Module) -> None:
@@ -157,14 +166,22 @@ def from_main(message: Any) -> Any:
     return box[0]
 
 
-def spread(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def spread(function: Callable[[Item], Result], items: Sequence[Item], *, in_step: bool = False) -> list[Result]:
     """``function`` of every item, in order, on every rank; each item is done by one of them.
 
     All ranks call this with the same items. Neighbours go to different ranks, so that items in the order of their size
     are shared out evenly.
+
+    Args:
+        function: what is done.
+        items: the same on every rank.
+        in_step: let every rank call ``function`` as often, as a sharded model needs it: some repeat the last item.
     """
     world = world_size()
-    found = gather_objects([function(item) for item in items[rank() :: world]])
+    own = list(items[rank() :: world])
+    if in_step and len(own) < -(-len(items) // world):
+        own.append(items[-1])
+    found = gather_objects([function(item) for item in own])
     return [found[i % world][i // world] for i in range(len(items))]
 
 

@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from bilect.data.batch import make_batch
+from bilect.data.batch import Batch, make_batch
 from bilect.data.loading import length_bucketed
 from bilect.data.tokens import TokenStore
-from bilect.functional.losses import document_mean, token_losses
+from bilect.functional.losses import Head, document_mean, token_losses
 from bilect.models.causal_lm import CausalLM
 from bilect.runtime import distributed
+from bilect.runtime.sharding import has_shards
 
 __all__ = ["Evaluation", "document_losses", "evaluate"]
 
@@ -60,15 +62,22 @@ def evaluate(
 
     def sums(part: np.ndarray) -> tuple[float, int, int]:
         batch = make_batch(store.rows(part), pad_id).to(lm.device)
-        hidden_ND = batch.predicting(lm.hidden(batch.input_ids_BT))
-        total, right = float(token_losses(hidden_ND, lm.head(), batch.labels_N).ce_N.double().sum()), 0
-        if store.has_prompts:
-            guess_N = torch.cat([lm.head().logits(h).argmax(dim=-1) for h in hidden_ND.split(1024)])
+
+        def work(hidden_BTD: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+            hidden_ND = batch.predicting(hidden_BTD)
+            ce_N = token_losses(hidden_ND, head, batch.labels_N).ce_N
+            if not store.has_prompts:
+                return ce_N, None
+            return ce_N, torch.cat([head.logits(h).argmax(dim=-1) for h in hidden_ND.split(1024)])
+
+        (ce_N, guess_N), right = lm.call(batch.input_ids_BT, work), 0
+        if guess_N is not None:
             wrong_B = torch.bincount(batch.document_N, (guess_N != batch.labels_N).double(), batch.n_documents)
             right = int((wrong_B == 0).sum())
-        return total, batch.n_predicted, right
+        return float(ce_N.double().sum()), batch.n_predicted, right
 
-    found = distributed.spread(sums, list(length_bucketed(store.length_R, rows, batch_tokens)))
+    parts = list(length_bucketed(store.length_R, rows, batch_tokens))
+    found = distributed.spread(sums, parts, in_step=has_shards(model))
     tokens, right = sum(n for _, n, _ in found), sum(n for _, _, n in found)
     loss = sum(total for total, _, _ in found) / max(tokens, 1)
     accuracy = right / len(rows) if store.has_prompts else None
@@ -79,14 +88,16 @@ def evaluate(
 def document_losses(
     model: PreTrainedModel, store: TokenStore, rows: np.ndarray, pad_id: int, batch_tokens: int = 8192
 ) -> np.ndarray:
-    """Mean cross-entropy of each document, in the order of ``rows``."""
+    """Mean cross-entropy of each document, in the order of ``rows``; of a sharded model on all ranks at once."""
     lm = CausalLM(model)
     parts, found = [*length_bucketed(store.length_R[rows], np.arange(len(rows)), batch_tokens)], list[torch.Tensor]()
     for part in parts:
         batch = make_batch(store.rows(rows[part]), pad_id).to(lm.device)
-        hidden_ND = batch.predicting(lm.hidden(batch.input_ids_BT))
-        ce_N = token_losses(hidden_ND, lm.head(), batch.labels_N).ce_N
-        loss_B = document_mean(ce_N, batch.document_N, batch.n_documents)
+
+        def work(hidden_BTD: Tensor, head: Head, batch: Batch = batch) -> Tensor:
+            return token_losses(batch.predicting(hidden_BTD), head, batch.labels_N).ce_N
+
+        loss_B = document_mean(lm.call(batch.input_ids_BT, work), batch.document_N, batch.n_documents)
         found.append(loss_B.double())  # fetched at the end: a GPU goes on while the next batch is made
     losses = np.empty(len(rows))
     if parts:

@@ -3,16 +3,18 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from bilect.bilevel.cost import selecting_flops
 from bilect.bilevel.online.selector import OnlineTokenSelector
+from bilect.bilevel.online.selector_files import read_selector, save_selector
 from bilect.config import TrainConfig
 from bilect.config.online import BladeConfig
 from bilect.data.loading import PackedWindows, UpperBatches
@@ -23,6 +25,7 @@ from bilect.runtime import distributed
 from bilect.runtime.checkpoints import load_state
 from bilect.runtime.files import write_json
 from bilect.runtime.progress import Task
+from bilect.runtime.sharding import has_shards, shard, whole
 from bilect.training.curve import CurveCallback, HeldoutCurve, points
 from bilect.training.trainer import (
     FusedLoss,
@@ -37,7 +40,6 @@ from bilect.training.trainer import (
 __all__ = ["NotANumberError", "Online", "forget_training", "per_rank_batch", "train"]
 
 OPTIMIZER_FILE = "optimizer.pt"
-SELECTOR_FILE = "selector-{rank}.pt"
 ONLINE_FILE = "online.json"  # beside it, once the selection's states are there
 
 
@@ -79,10 +81,10 @@ def train(
     With ``online`` the state of the selection is kept too, by every rank, and goes on where the training does.
 
     Goes on from the checkpoint that an interrupted call has left in ``folder``, to the same result; ``forget_training``
-    removes it once the result is kept.
+    removes it once the result is kept. Another number of ranks may go on from it.
 
     Args:
-        model: a causal LM.
+        model: a causal LM; it may be sharded (``runtime.sharding``).
         store: token rows.
         rows: documents to train on, packed in random order.
         folder: gets ``optimizer.pt`` and ``training.jsonl``; with ``online`` also ``selector-RANK.pt`` and, of what the
@@ -155,7 +157,14 @@ def train(
         if online is None:
             trainer = OptimizerTrainer(model=FusedLoss(model).train(), **common)
         else:
-            trainer = SelectingTrainer(model.train(), blade=online.config, upper_dataset=online.upper, **common)
+            another = partial(_another, model, arguments.device) if has_shards(model) else None
+            trainer = SelectingTrainer(
+                model.train(),
+                blade=online.config,
+                upper_dataset=online.upper,
+                reference=another if online.config.needs_upper_data else None,
+                **common,
+            )
             selector = trainer.selector
         trainer.remove_callback(transformers.PrinterCallback)
         measuring = None if curve is None else CurveCallback(curve, model, trainer)
@@ -164,9 +173,8 @@ def train(
         remedy = "restore it, or start again in a new run directory"
         if state_file is not None and checkpoint is None:
             trainer.optimizer_state = load_state(state_file, remedy)
-        before = None if state_file is None else state_file.with_name(SELECTOR_FILE.format(rank=distributed.rank()))
-        if selector is not None and before is not None and before.with_name(ONLINE_FILE).is_file():
-            carried = load_state(before, remedy)
+        if selector is not None and start_from is not None and (start_from / ONLINE_FILE).is_file():
+            carried = read_selector(start_from, selector, remedy)
             if checkpoint is None:
                 selector.load_state_dict(carried)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -175,8 +183,9 @@ def train(
         transformers.logging.set_verbosity(verbosity)
     keys = ("step", "loss", "learning_rate")
     history = [{k: entry.get(k) for k in keys} for entry in trainer.state.log_history if "loss" in entry]
-    if distributed.is_main() and not decay:
-        torch.save(trainer.optimizer.state_dict(), folder / OPTIMIZER_FILE)
+    state = None if decay else whole(trainer.optimizer.state_dict())
+    if distributed.is_main() and state is not None:
+        torch.save(state, folder / OPTIMIZER_FILE)
     if distributed.is_main():
         name = "decay.jsonl" if decay else "training.jsonl"
         _write_lines(folder / name, history)
@@ -186,7 +195,7 @@ def train(
     flops = 3 * forward_flops(model, tokens, context)
     if online is not None and selector is not None:
         if not decay:
-            torch.save(selector.state_dict(), folder / SELECTOR_FILE.format(rank=distributed.rank()))
+            save_selector(folder, selector)
             if distributed.is_main():
                 write_json(folder / ONLINE_FILE, _account(online, selector))
         world = distributed.world_size()
@@ -202,6 +211,13 @@ def train(
         "loss": history[-1]["loss"] if history else None,
         "curve_seconds": round(measuring.seconds, 3) if measuring is not None else 0.0,
     }
+
+
+def _another(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Another sharded model like this one, which cannot be copied."""
+    twin: PreTrainedModel = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    shard(twin, device)
+    return twin
 
 
 def per_rank_batch(batch_size: int, gradient_accumulation: int = 1, name: str = "batch_size") -> int:

@@ -6,19 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from bilect.data.batch import IGNORE
 from bilect.errors import BilectError
-from bilect.functional.losses import weighted_token_loss
+from bilect.functional.losses import Head, weighted_token_loss
 from bilect.integrations.trainer import BladeTrainer, check_complete
 from bilect.models.causal_lm import CausalLM
 from bilect.runtime import distributed
 from bilect.runtime.checkpoints import all_finite, check_readable
 from bilect.runtime.files import flush, write_text
 from bilect.runtime.progress import Task
+from bilect.runtime.sharding import (
+    has_shards,
+    load_optimizer_shards,
+    load_shards,
+    save_shards,
+    spread_moments,
+    take_weights,
+)
 
 __all__ = [
     "FusedLoss",
@@ -31,7 +41,10 @@ __all__ = [
 ]
 
 WEIGHTS_FILE = "model.safetensors"
+SHARDS = "shards"  # folder of a sharded model's weights and optimiser state
 COMPLETE = "complete"  # last file of a checkpoint
+REMEDY = "delete {} to train from the start again"
+_OWN = (TRAINER_STATE_NAME, SCHEDULER_NAME)
 
 
 class NotANumberError(BilectError):
@@ -59,23 +72,28 @@ class FusedLoss(nn.Module):
         self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         at_N = torch.nonzero(labels[:, 1:] != IGNORE, as_tuple=True)  # once: a GPU is waited for
-        hidden_ND = self.lm.hidden(input_ids)[:, :-1][at_N]
         labels_N = labels[:, 1:][at_N]
         # the Trainer counts the learned tokens of the whole step, over accumulation and ranks
         n_items = max(len(labels_N), 1) if num_items_in_batch is None else num_items_in_batch
         weight_N = torch.ones(labels_N.shape, device=labels_N.device) / n_items
-        return {"loss": weighted_token_loss(hidden_ND, self.lm.head(), labels_N, weight_N)[0]}
+
+        def loss(hidden_BTD: Tensor, head: Head) -> Tensor:
+            return weighted_token_loss(hidden_BTD[:, :-1][at_N], head, labels_N, weight_N)[0]
+
+        return {"loss": self.lm.call(input_ids, loss)}
 
 
 class Watch(TrainerCallback):
     """Shows every step, stops at the first that is not finite, and tells whole checkpoints from half-written ones.
 
     Whether all gradients so far were finite, and the newest weights for which they were (one more copy of the weights,
-    on the main rank), are kept on the device; a GPU is asked when losses are logged, a CPU at every step.
+    on the main rank, or each rank's of its shards), are kept on the device; a GPU is asked when losses are logged, a
+    CPU at every step.
     """
 
     def __init__(self, task: Task, model: PreTrainedModel) -> None:
         self.task, self.params = task, list(model.parameters())
+        self.sharded = has_shards(model)
         self.first = 0
         self.good = torch.ones((), dtype=torch.bool)
         self.good_steps = torch.zeros((), dtype=torch.long)
@@ -86,7 +104,8 @@ class Watch(TrainerCallback):
     ) -> None:
         self.first = state.global_step
         self.good, self.good_steps = self.good.to(args.device), self.good_steps.to(args.device)
-        self.kept = [p.detach().clone() for p in self.params] if distributed.is_main() else []
+        keeps = self.sharded or distributed.is_main()
+        self.kept = [distributed.local_part(p).detach().clone() for p in self.params] if keeps else []
         self.task.advance(self.first)
 
     def on_pre_optimizer_step(
@@ -94,10 +113,10 @@ class Watch(TrainerCallback):
     ) -> None:
         # the gradient is that of all ranks, and not finite where any of their losses is not
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
-        self.good &= norm.isfinite()
+        self.good &= (norm.full_tensor() if self.sharded else norm).isfinite()  # type: ignore[attr-defined]
         self.good_steps += self.good
         for p, kept in zip(self.params, self.kept, strict=False):
-            torch.where(self.good, p.detach(), kept, out=kept)
+            torch.where(self.good, distributed.local_part(p).detach(), kept, out=kept)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
@@ -111,11 +130,15 @@ class Watch(TrainerCallback):
         good_steps = int(self.good_steps)
         if not bool(self.good):
             step = self.first + good_steps + 1
-        elif not weights or all_finite(self.params):
+        elif not weights or self._all_finite():
             return
         for p, kept in zip(self.params, self.kept, strict=False):
-            p.data.copy_(kept)
+            distributed.local_part(p).detach().copy_(kept)
         raise NotANumberError(step, self.first + good_steps - 1 if good_steps else None)
+
+    def _all_finite(self) -> bool:
+        fine = all_finite(map(distributed.local_part, self.params))
+        return distributed.sum_scalar(not fine) == 0 if self.sharded else fine
 
     def on_log(
         self,
@@ -138,30 +161,79 @@ class Watch(TrainerCallback):
 
 
 class OptimizerTrainer(Trainer):
-    """A Trainer of a ``FusedLoss``, or of a causal LM, whose optimiser goes on from an earlier stage's state."""
+    """A Trainer of a ``FusedLoss``, or of a causal LM, whose optimiser goes on from an earlier stage's state.
+
+    The model may be sharded (FSDP2). Its checkpoints are then written by all ranks; a training goes on from one with
+    any number of ranks, sharded or not.
+    """
 
     optimizer_state: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sharded = has_shards(self._causal_lm)
+        if self.sharded:
+            self.model._is_accelerate_prepared = True  # else it is wrapped in DDP, which refuses it
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
+            spread_moments(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = self.args.learning_rate
                 group.pop("initial_lr", None)
             self.optimizer_state = None
         return optimizer
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with self.accelerator.autocast():  # which wrapping would have put around the model
+            return super().compute_loss(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The weights of a checkpoint; tied ones once, which plain safetensors files refuse."""
+        folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
+        if not self.sharded and self.args.should_save:
             save_model(self._causal_lm, str(folder / WEIGHTS_FILE))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        distributed.barrier()  # the folder is there
+        save_shards(Path(output_dir) / SHARDS, self._causal_lm, self._plain_optimizer)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_complete(self, resume_from_checkpoint, [WEIGHTS_FILE])
-        load_model(self._causal_lm, Path(resume_from_checkpoint) / WEIGHTS_FILE, device=str(self.args.device))
+        checkpoint, remedy = Path(resume_from_checkpoint), REMEDY.format(resume_from_checkpoint)
+        if (checkpoint / SHARDS).is_dir():
+            check_complete(checkpoint, [*_OWN, f"{SHARDS}/.metadata"])
+            load_shards(checkpoint / SHARDS, self._causal_lm, remedy)
+            return
+        check_complete(checkpoint, [*_OWN, WEIGHTS_FILE, OPTIMIZER_NAME])
+        if self.sharded:
+            take_weights(self._causal_lm, load_file(checkpoint / WEIGHTS_FILE))
+        else:
+            load_model(self._causal_lm, checkpoint / WEIGHTS_FILE, device=str(self.args.device))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if (shards := Path(checkpoint) / SHARDS).is_dir():
+            load_optimizer_shards(shards, self._causal_lm, self._plain_optimizer, REMEDY.format(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        else:
+            spread_moments(self._plain_optimizer)
+
+    @property
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        assert self.optimizer is not None
+        inside: Any = self.optimizer
+        return inside.optimizer if isinstance(inside, AcceleratedOptimizer) else inside
 
     @property
     def _causal_lm(self) -> nn.Module:
@@ -179,6 +251,11 @@ class SelectingTrainer(OptimizerTrainer, BladeTrainer):
 
     def _upper_loader(self, dataset: Any) -> Any:
         return dataset
+
+    def _options(self) -> dict[str, Any]:
+        """A function that makes a reference does not make a fixed one, also where it starts from u only once."""
+        options = super()._options()
+        return {**options, "sync_every": options["sync_every"] or (lambda step: None)}
 
 
 def _with_sources(windows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,7 +277,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     if not whole:
         return None
     newest = max(whole, key=lambda p: int(p.name.rpartition("-")[2]))
-    check_readable(newest, f"delete {newest} to train from the start again")
+    check_readable(newest, REMEDY.format(newest))
     return newest
 
 

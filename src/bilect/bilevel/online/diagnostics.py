@@ -125,6 +125,9 @@ class Watcher:
         self._probe = None if probe is None else TokenBatch.from_state(probe).map(lambda x: x.to(device))
         self._probe_mask_N = None if state["probe_mask"] is None else state["probe_mask"].to(device)
         self._last_sync = state["last_sync"]
+        if self._last_sync is not None:  # of other ranks: whole
+            own = dict(self.forward.base.named_parameters())
+            self._last_sync = {k: distributed.rows_of(own[k], value) for k, value in self._last_sync.items()}
 
 
 def _mean(x: Tensor) -> float:

@@ -164,10 +164,10 @@ class Reference:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Back to where the state was taken."""
+        """Back to where the state was taken; its tensors may be whole where those here are sharded."""
         self._place(self._full_dtype, self._device)
         for k, p in self.own.items():
-            distributed.local_part(p).copy_(state["own"][k])
+            distributed.local_part(p).copy_(distributed.rows_of(p, state["own"][k]))
         if state["optimizer"] is None:
             self.freeze()
             return
@@ -179,10 +179,11 @@ class Reference:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             for k, p in self.own.items():
-                distributed.local_part(p).copy_(state["own"][k])
+                distributed.local_part(p).copy_(distributed.rows_of(p, state["own"][k]))
             for i, p in enumerate(self.own.values()):
                 for name, value in state["optimizer"]["state"][i].items():
-                    distributed.local_part(self.optimizer.state[p][name]).copy_(value)
+                    slot = self.optimizer.state[p][name]
+                    distributed.local_part(slot).copy_(distributed.rows_of(slot, value))
         else:
             self.optimizer.load_state_dict(state["optimizer"])
 

@@ -218,6 +218,11 @@ class OnlineTokenSelector:
         return 0 if self._synchroniser is None else self._synchroniser.count
 
     @property
+    def sharded(self) -> bool:
+        """Whether the model's weights are spread over the ranks (FSDP2)."""
+        return not self._full and any(map(distributed.is_sharded, self._forward.base.parameters()))
+
+    @property
     def reference(self) -> Reference | None:
         """w, once there is one; its model is ``reference.model``."""
         return self._fixed if self._synchroniser is None else self._synchroniser.reference

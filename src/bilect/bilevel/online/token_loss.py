@@ -19,6 +19,7 @@ from bilect.bilevel.online.wrappers import computing, is_linear, unwrap
 from bilect.data.batch import IGNORE
 from bilect.errors import BilectError
 from bilect.functional.losses import Head, token_losses, weighted_token_loss
+from bilect.models.causal_lm import instead
 from bilect.runtime import distributed
 
 __all__ = ["TokenBatch", "TokenForward", "evaluating"]
@@ -130,7 +131,7 @@ class TokenForward:
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         self._work: Callable[[Tensor, Head | None], Tensor] | None = None
-        self._own_head: Callable[[Tensor], Tensor] = head.forward  # what ``_instead`` has put aside
+        self._own_head: Callable[[Tensor], Tensor] = head.forward  # what ``instead`` has put aside
         self._kernel: Kernel | None = None
         self._kernel_known = False
         self.vocabulary = int(config.vocab_size)
@@ -209,7 +210,7 @@ class TokenForward:
         head = self.head
         self._work, self._own_head = work, head.forward
         try:
-            with _instead(self.base, self._forward), _instead(head, self._forward_head):
+            with instead(self.base, self._forward), instead(head, self._forward_head):
                 result: Tensor = model(**batch.inputs)["loss"]
                 return result
         finally:
@@ -277,20 +278,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
         return True  # a broken checkpoint is not a question of form: its loss will tell
     tolerance = 1e-3 if b.dtype in (torch.float32, torch.float64) else 2e-2
     return float((a.float() - b.float()).abs().max()) <= tolerance * float(b.float().abs().max())
-
-
-@contextmanager
-def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another ``forward`` for this instance; one that was set on it before comes back."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 @contextmanager
