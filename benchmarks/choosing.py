@@ -12,6 +12,10 @@ The study:
     targets: {math: {upper: [math], heldout: math}, lambada-text: {upper: [lambada_text], heldout: lambada}}
     variants: {warm: {}, random: {method: random}, dsir: {method: dsir, settings: {length: mean}}}
     against: dsir
+
+A variant may have a rule of its own (``selection: {temperature: 0.5}``), and in place of a method the sum of
+standardised scores that other cells have left (``scores: ["cells/{target}/dsir", "cells/{target}/excess"]``). With
+``upper_from_pool: {by: FOLDER_OF_SCORES, documents: 512}`` (or ``by: random``) pieces of the pool are upper data too.
 """
 
 import argparse
@@ -28,7 +32,8 @@ from scipy.stats import t
 from transformers.utils import logging
 
 from bilect import methods
-from bilect.config import load_config
+from bilect.config import SelectionConfig, load_config
+from bilect.data.tokens import TokenStore, write_rows
 from bilect.methods.contract import Inputs
 from bilect.pipeline.choosing import rule_of
 from bilect.pipeline.context import RunContext
@@ -72,7 +77,7 @@ def path_of(out: Path, seed: int, target: str, name: str) -> Path:
 
 def cell(run: RunContext, out: Path, target: str, sets: dict[str, Any], name: str, variant: dict[str, Any]) -> None:
     path = path_of(out, run.config.seed, target, name)
-    if variant.get("method", "random") == "random":  # the same for all targets
+    if "scores" not in variant and variant.get("method", "random") == "random":  # the same for all targets
         path = path_of(out, run.config.seed, "any", name)
     if path.exists():
         return
@@ -97,13 +102,24 @@ def cell(run: RunContext, out: Path, target: str, sets: dict[str, Any], name: st
 def chosen(run: RunContext, path: Path, upper: list[str], variant: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
     """Rows kept, and the figures of the fit; scores go beside ``path``."""
     pool, config = run.pool(), run.config
-    rows, method = run.shard(1, len(pool)), methods.make_for(config, variant["method"], variant.get("settings"))
+    rows = run.shard(1, len(pool))
+    rule = config.selection.model_copy(update=variant.get("selection", {}))
+    if "scores" in variant:
+        return kept_by(
+            run, rows, combined([f.format(target=path.parts[-3]) for f in variant["scores"]], config.seed), rule
+        ), {}
+    method = methods.make_for(config, variant["method"], variant.get("settings"))
+    sets = [s for s in run.upper_sets() if s[0] in upper]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
+        if (own := variant.get("upper_from_pool")) is not None:
+            near = nearest(rows, {**own, "by": own["by"].format(target=path.parts[-3])}, config.seed)
+            write_rows(pool, near, work / "near.arrow")
+            sets, rows = [*sets, ("near", 1.0, TokenStore(work / "near.arrow"))], np.setdiff1d(rows, near)
         inputs = Inputs(
             pool,
             rows,
-            [s for s in run.upper_sets() if s[0] in upper],
+            sets,
             proxy=run.root / "warmup" / "proxy",
             target=run.root / "warmup" / "target",
             scratch=work / "fit",
@@ -126,13 +142,37 @@ def chosen(run: RunContext, path: Path, upper: list[str], variant: dict[str, Any
         select(
             work / "scores",
             work / "selected",
-            rule_of(method, config.selection),
+            rule_of(method, rule),
             seed=derive_seed(config.seed, "select", 1),
         )
         kept = kept_rows(work / "selected", pool, in_order=method.trains_in_order)
     np.save(path.with_suffix(".npy"), np.array([saved[int(r)] for r in rows]))
     flops = figures["flops"] + method.score_flops(pool, rows)
     return kept, {**figures, "flops": flops}
+
+
+def kept_by(run: RunContext, rows: np.ndarray, scores: np.ndarray, rule: SelectionConfig) -> np.ndarray:
+    """Rows that a rule keeps by scores that are there."""
+    pool, by_row = run.pool(), dict(zip(rows.tolist(), scores.tolist(), strict=True))
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        write_scores(lambda some: np.array([by_row[int(r)] for r in some]), pool, rows, work / "scores")
+        select(work / "scores", work / "selected", rule, seed=derive_seed(run.config.seed, "select", 1))
+        return kept_rows(work / "selected", pool)
+
+
+def combined(folders: list[str], seed: int) -> np.ndarray:
+    """Sum of the standardised scores of other cells."""
+    every = [np.load(Path(folder) / f"seed-{seed}.npy") for folder in folders]
+    return np.sum([(x - x.mean()) / x.std() for x in every], axis=0)
+
+
+def nearest(rows: np.ndarray, own: dict[str, Any], seed: int) -> np.ndarray:
+    """Rows of the shard that serve as upper data: the best by scores, or as many at random."""
+    if own["by"] == "random":
+        return np.sort(np.random.default_rng(seed).permutation(rows)[: own["documents"]])
+    scores = np.load(Path(own["by"]) / f"seed-{seed}.npy")
+    return np.sort(rows[np.argsort(-scores, kind="stable")[: own["documents"]]])
 
 
 def trained(run: RunContext, rows: np.ndarray) -> Any:

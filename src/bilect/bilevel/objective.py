@@ -37,6 +37,7 @@ from bilect.functional.trees import Tree, TreeMap, add_scaled
 from bilect.models.causal_lm import CausalLM
 from bilect.runtime import distributed
 from bilect.runtime.device import autocast
+from bilect.runtime.sharding import has_shards
 
 __all__ = [
     "Gradient",
@@ -186,17 +187,27 @@ class Objective:
 def target_on_batch(
     target: CausalLM, batch: Batch, bf16: bool = False, micro_batch: int | None = None
 ) -> TargetOnBatch:
-    """The one forward pass of the target model over a batch, by so many documents at a time (None: all)."""
-    parts = []
+    """The one forward pass of the target model over a batch, by so many documents at a time (None: all).
+
+    The target may be sharded over the ranks (FSDP2), which then call this together.
+    """
+    parts, heads, sharded = list[Tensor](), list[Head](), has_shards(target.model)
+
+    def outlook(hidden_BTE: Tensor, head: Head) -> Tensor:
+        if not heads:
+            weights = (head.weight_VD.detach(), None if head.bias_V is None else head.bias_V.detach())
+            if sharded:  # gathered for this call alone
+                weights = (weights[0].clone(), None if weights[1] is None else weights[1].clone())
+            heads.append(Head(*weights, head.scale, head.softcap))
+        return hidden_BTE.bfloat16() if bf16 else hidden_BTE  # normalisation layers hand on float32
+
+    pieces = batch.input_ids_BT.split(micro_batch or batch.n_documents)
+    calls = max(distributed.gather_objects(len(pieces))) if sharded else len(pieces)
     with torch.no_grad(), autocast(batch.input_ids_BT.device, bf16):
-        for input_ids_BT in batch.input_ids_BT.split(micro_batch or batch.n_documents):
-            hidden_BTE = target.hidden(input_ids_BT)
-            parts.append(hidden_BTE.bfloat16() if bf16 else hidden_BTE)  # normalisation layers hand on float32
-    hidden_NE = batch.predicting(torch.cat(parts))
-    head = target.head()
-    head = Head(
-        head.weight_VD.detach(), None if head.bias_V is None else head.bias_V.detach(), head.scale, head.softcap
-    )
+        for number in range(calls):  # all ranks as often; those with fewer documents repeat the last
+            hidden_BTE = target.call(pieces[min(number, len(pieces) - 1)], outlook)
+            parts += [hidden_BTE] if number < len(pieces) else []
+    hidden_NE, (head,) = batch.predicting(torch.cat(parts)), heads
     if hidden_NE.dtype != head.weight_VD.dtype:
         bias = None if head.bias_V is None else head.bias_V.to(hidden_NE.dtype)
         head = Head(head.weight_VD.to(hidden_NE.dtype), bias, head.scale, head.softcap)

@@ -141,7 +141,7 @@ class BilevelMethod(ScoreModelMethod[B]):
             return None
         if self.inputs.target is None:
             raise BilectError(f"{self.name}: the divergence needs the warm target model; give it, or set kl_coef=0")
-        return self.inputs.load(self.inputs.target)
+        return self.inputs.load_frozen(self.inputs.target)
 
     def _score_model(self) -> ScoreModel:
         inputs = self.inputs

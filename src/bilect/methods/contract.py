@@ -24,6 +24,7 @@ from bilect.runtime import distributed
 from bilect.runtime.files import write_json
 from bilect.runtime.progress import Task
 from bilect.runtime.seeds import derive_seed
+from bilect.runtime.sharding import shard
 
 __all__ = ["DocumentMethod", "Figures", "Inputs", "Method", "MethodConfig", "TokenMethod", "UpperSet", "saved_name"]
 
@@ -61,6 +62,7 @@ class Inputs:
         batch_tokens: padded tokens per scoring batch.
         checkpoint_every: steps of a fit between two checkpoints.
         engine: where work on blocks of documents is done that many processes can share.
+        shard: whether the target is spread over the ranks (FSDP2).
     """
 
     pool: TokenStore
@@ -79,6 +81,7 @@ class Inputs:
     batch_tokens: int = 8192
     checkpoint_every: int = 500
     engine: Engine = field(default_factory=Here)
+    shard: bool = False
 
     def derive(self, label: str) -> int:
         """The seed of one purpose in this round."""
@@ -87,6 +90,14 @@ class Inputs:
     def load(self, folder: Path) -> PreTrainedModel:
         """A saved model, on the device."""
         return load_causal_lm(str(folder.resolve())).to(self.device)
+
+    def load_frozen(self, folder: Path) -> PreTrainedModel:
+        """A saved model that all ranks ask together and nobody trains, in half precision if the method computes so."""
+        model = load_causal_lm(str(folder.resolve())).to(torch.bfloat16 if self.bf16 else torch.float32)
+        if not self.shard:
+            return model.to(self.device)
+        shard(model, self.device)
+        return model
 
     @cached_property
     def warm_proxy(self) -> PreTrainedModel:

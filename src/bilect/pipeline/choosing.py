@@ -157,4 +157,5 @@ def _inputs(run: RunContext, arm: str, number: int, scratch: Path, log: Path | N
         batch_tokens=config.score_batch_tokens,
         checkpoint_every=config.checkpoint_every,
         engine=run.together,
+        shard=run.shards,
     )

@@ -45,6 +45,7 @@ from bilect.models.causal_lm import CausalLM, share_vocabulary
 from bilect.models.score_model import ScoreModel
 from bilect.runtime import distributed
 from bilect.runtime.device import autocast
+from bilect.runtime.sharding import has_shards
 
 __all__ = ["BilevelFit"]
 
@@ -84,8 +85,9 @@ class BilevelFit:
         self.score_model = score_model.eval()  # no dropout: a score is a function of the document
         self.target = None
         if target is not None and config.kl_coef > 0:
-            # frozen, so cast once instead of at every pass
-            self.target = CausalLM(target.to(torch.bfloat16) if config.bf16 else target)
+            # frozen, so cast once instead of at every pass; a sharded one comes in its dtype
+            cast = config.bf16 and not has_shards(target)
+            self.target = CausalLM(target.to(torch.bfloat16) if cast else target)
             share_vocabulary(self.proxy, self.target)
         self.lower, self.upper = lower, upper
         self.upper_sets = dict(upper_sets or {"": 1.0})

@@ -15,6 +15,7 @@ from bilect.errors import DivergedError
 from bilect.methods.contract import Inputs
 from bilect.pipeline.context import WARM_TARGET
 from bilect.runtime.seeds import derive_seed
+from bilect.verify.retraining.metagradient import Metagradient, MetagradientConfig
 from bilect.verify.retraining.subsets import Study
 
 __all__ = ["VARIANTS", "Variant", "own_variant", "random_scores", "scored", "settings_of"]
@@ -29,6 +30,9 @@ VARIANTS: dict[str, Variant] = {
     "dsir mean": ("dsir", {"length": "mean"}),
     "less": ("less", {}),
     "mates": ("mates", {}),
+    "influence": ("influence", {}),
+    "excess": ("excess", {}),
+    "metagradient": ("metagradient", {}),
     **{f"bliss {s}": ("bliss", {"hypergradient": "implicit", "solver": s})
        for s in ("identity", "adam", "neumann", "cg", "sgd")},
     "bliss-penalty": ("bliss-penalty", {"hypergradient": "penalty"}),
@@ -45,6 +49,9 @@ def settings_of(config: Config, variant: Variant) -> dict[str, Any]:
     fit = config.fit
     if name == "bliss-penalty" and fit.hypergradient == "penalty":  # the run's own, whose twins are not slowed down
         own = fit.model_dump() | {"reference_learning_rate": fit.reference_learning_rate or fit.proxy_learning_rate}
+    if name == Metagradient.name:
+        own = {"learning_rate": config.training.learning_rate} | dict(own)
+        return MetagradientConfig.model_validate(own).model_dump(mode="json")
     return dict(methods.make_for(config, name, own).config.model_dump(mode="json"))
 
 
@@ -65,7 +72,8 @@ def scored(study: Study, name: str, settings: Mapping[str, Any], k: int) -> dict
     Returns:
         ``scores``, ``flops``, ``seconds``; of a fit that breaks down, which is a finding, ``error`` instead.
     """
-    method = methods.make(name, settings)
+    own = MetagradientConfig.model_validate(settings) if name == Metagradient.name else None
+    method = methods.make(name, settings) if own is None else Metagradient(own)
     with TemporaryDirectory() as folder, study.run.progress.task("fit") as task:
         inputs = _inputs(study, Path(folder), derive_seed(study.config.seed, "method", name, k))
         start = time.perf_counter()
