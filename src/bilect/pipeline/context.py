@@ -138,6 +138,10 @@ class RunContext:
         """A model saved by an earlier stage."""
         return load_causal_lm(str((self.root / folder).resolve())).to(self.device)
 
+    def load_placed(self, folder: str) -> PreTrainedModel:
+        """A model saved by an earlier stage, to be trained or evaluated by all ranks: see ``place``."""
+        return self.place(load_causal_lm(str((self.root / folder).resolve())))
+
     @property
     def shards(self) -> bool:
         """Whether models that are trained or evaluated are spread over the ranks."""

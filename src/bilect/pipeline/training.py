@@ -62,7 +62,7 @@ def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
     whole_shard = not methods_of(run.config)[arm].scores_documents
     return _train(
         run,
-        run.place(load_causal_lm(str(run.root / start))),
+        run.load_placed(start),
         pool,
         rows,
         scratch,
@@ -100,7 +100,7 @@ def _online(run: RunContext, arm: str) -> Online | None:
 
 def evaluate(run: RunContext, scratch: Path, folder: str) -> Figures:
     """Figures of the decayed copy of a target (or of itself, without a decay branch) on every held-out set."""
-    model = run.place(load_causal_lm(str(run.root / run.evaluated(folder))))
+    model = run.load_placed(run.evaluated(folder))
     stores = run.heldout_sets()
     results, flops, tokens = {}, 0.0, 0
     with run.progress.task(f"evaluate {folder}", len(stores)) as task:
@@ -132,7 +132,7 @@ def fidelity(run: RunContext, scratch: Path, number: int) -> Figures:
     tokens = int(pool.length_R[probe].sum())
 
     def judged(folder: str) -> tuple[np.ndarray, float]:
-        model = run.place(load_causal_lm(str(run.root / folder)))
+        model = run.load_placed(folder)
         losses = evaluation.document_losses(model, pool, probe, run.pad_id, run.config.score_batch_tokens)
         task.advance(1)
         return losses, forward_flops(model, tokens, tokens / len(probe))

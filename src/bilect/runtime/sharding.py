@@ -93,13 +93,22 @@ def take_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def spread_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Spread an optimiser's whole state like its parameters, which are sharded or not."""
-    for p, slots in optimizer.state.items():
-        for name, value in slots.items():
-            if isinstance(value, Tensor) and distributed.is_sharded(p) and value.shape == p.shape:
-                mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
-                slots[name] = value if distributed.is_sharded(value) else distribute_tensor(value, mesh, placements)
+def spread_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's whole state, spread like its parameters, which are sharded or not; one tensor after the other."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    names = [i for group in state["param_groups"] for i in group["params"]]
+    spread = {
+        i: {name: _like(p, value) for name, value in state["state"][i].items()}
+        for i, p in zip(names, params, strict=True)
+        if i in state["state"]
+    }
+    return {**state, "state": spread}
+
+
+def _like(p: Tensor, value: Any) -> Any:
+    if not isinstance(value, Tensor) or not distributed.is_sharded(p) or value.shape != p.shape:
+        return value
+    return distribute_tensor(value, p.device_mesh, p.placements)  # type: ignore[attr-defined]
 
 
 def save_shards(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

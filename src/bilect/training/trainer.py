@@ -178,8 +178,7 @@ class OptimizerTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.optimizer_state is not None:
-            optimizer.load_state_dict(self.optimizer_state)
-            spread_moments(optimizer)
+            optimizer.load_state_dict(spread_moments(optimizer, self.optimizer_state))
             for group in optimizer.param_groups:
                 group["lr"] = self.args.learning_rate
                 group.pop("initial_lr", None)
@@ -223,11 +222,12 @@ class OptimizerTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if (shards := Path(checkpoint) / SHARDS).is_dir():
-            load_optimizer_shards(shards, self._causal_lm, self._plain_optimizer, REMEDY.format(checkpoint))
+        shards, optimizer = Path(checkpoint) / SHARDS, self._plain_optimizer
+        if shards.is_dir():
+            load_optimizer_shards(shards, self._causal_lm, optimizer, REMEDY.format(checkpoint))
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-        else:
-            spread_moments(self._plain_optimizer)
+        elif self.sharded:
+            optimizer.load_state_dict(spread_moments(optimizer, optimizer.state_dict()))
 
     @property
     def _plain_optimizer(self) -> torch.optim.Optimizer:
