@@ -73,7 +73,7 @@ RECORDS = [
 
 
 def test_every_module_is_an_exporter():
-    assert exporters.names() == ["doc-ids", "hf-datasets", "jsonl-zst", "mds", "megatron", "parquet"]
+    assert exporters.names() == ["doc-ids", "hf-datasets", "jsonl-zst", "litdata", "mds", "megatron", "parquet"]
     assert all(callable(exporters.get(name)) and exporters.summary(name) for name in exporters.names())
 
 
@@ -174,6 +174,16 @@ def test_mosaicml_streaming_reads_it(selection, tmp_path):
     export(selection, "mds", tmp_path / "out")
     found = streaming.LocalDataset(str(tmp_path / "out"))
     wanted = [{n: r[n] for n in ("doc_id", "score", "source", "text")} for r in RECORDS]
+    assert [dict(found[i]) for i in range(len(found))] == wanted
+
+
+def test_litdata_reads_it(selection, tmp_path, monkeypatch):
+    litdata = pytest.importorskip("litdata", reason="litdata is not installed")
+    monkeypatch.setattr("bilect.integrations.exporters.litdata.CHUNK_BYTES", 64)
+    export(selection, "litdata", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.bin"))) > 1
+    found = litdata.StreamingDataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    wanted = [{n: r[n] for n in ("doc_id", "source", "score", "text")} for r in RECORDS]
     assert [dict(found[i]) for i in range(len(found))] == wanted
 
 
