@@ -23,7 +23,7 @@ from bilect.runtime.progress import SilentProgress
 from bilect.runtime.seeds import derive_seed
 from bilect.verify.retraining import cells, correlation, page
 from bilect.verify.retraining import study as studies
-from bilect.verify.retraining.scores import VARIANTS, own_variant, settings_of
+from bilect.verify.retraining.scores import VARIANTS, own_variant, random_scores, settings_of
 from bilect.verify.retraining.subsets import Study
 from tests.corpus import tiny_settings, write_corpus
 from tests.killing import in_fork
@@ -179,6 +179,15 @@ def made(monkeypatch):
     names, fill = list[str](), cells.Cell.fill
     monkeypatch.setattr(cells.Cell, "fill", lambda cell: (names.append(cell.path.stem), fill(cell)))
     return names
+
+
+def test_the_random_control_is_another_order_under_every_seed(finished):
+    out, result = finished
+    one = Study(out, parse_config(result["config"]), np.arange(24))
+    scores_KN = random_scores(one, 50)
+    assert len({tuple(row) for row in scores_KN}) == 50 and all(len(set(row)) == 24 for row in scores_KN)
+    quality = result["random"]["quality"]["heldout"]
+    assert quality["low"] < quality["value"] - 0.1 and quality["value"] + 0.1 < quality["high"]
 
 
 def test_figures_follow_from_the_cells(finished):

@@ -229,7 +229,7 @@ def export(
     selection: Annotated[
         Path, typer.Argument(help="A run, or the folder of a selection (kept.parquet or kept.jsonl.zst).")
     ],
-    to: Annotated[str, typer.Option("--to", help="doc-ids, hf-datasets, jsonl-zst, mds, megatron, parquet.")],
+    to: Annotated[str, typer.Option("--to", help="doc-ids, hf-datasets, jsonl-zst, litdata, mds, megatron, parquet.")],
     out: Annotated[Path, typer.Option("--out", help="New folder.")],
     tokens: Annotated[
         Path | None, typer.Option(help="Folder with pool.json, where the selection does not lie in its run.")

@@ -91,10 +91,11 @@ def scored(study: Study, name: str, settings: Mapping[str, Any], k: int) -> dict
 
 def random_scores(study: Study, seeds: int) -> np.ndarray:
     """Scores of the random control under many seeds, (seeds, candidates)."""
-    method, scores = methods.make("random"), []
+    scores = []
     with TemporaryDirectory() as folder, study.run.progress.task("random") as task:
         inputs = _inputs(study, Path(folder), 0)
         for k in range(seeds):
+            method = methods.make("random")  # a fit is of one object
             method.fit(replace(inputs, seed=derive_seed(study.config.seed, "random score", k)), task)
             scores.append(method.score(inputs.pool, study.rows))
     return np.stack(scores)
