@@ -104,16 +104,17 @@ def chosen(run: RunContext, path: Path, upper: list[str], variant: dict[str, Any
     pool, config = run.pool(), run.config
     rows = run.shard(1, len(pool))
     rule = config.selection.model_copy(update=variant.get("selection", {}))
+    target = path.parts[-3]
     if "scores" in variant:
-        return kept_by(
-            run, rows, combined([f.format(target=path.parts[-3]) for f in variant["scores"]], config.seed), rule
-        ), {}
+        scores = combined([folder.format(target=target) for folder in variant["scores"]], config.seed)
+        by_row = dict(zip(rows.tolist(), scores.tolist(), strict=True))
+        return kept_by(run, rows, lambda some: np.array([by_row[int(r)] for r in some]), rule), {}
     method = methods.make_for(config, variant["method"], variant.get("settings"))
     sets = [s for s in run.upper_sets() if s[0] in upper]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         if (own := variant.get("upper_from_pool")) is not None:
-            near = nearest(rows, {**own, "by": own["by"].format(target=path.parts[-3])}, config.seed)
+            near = nearest(rows, {**own, "by": own["by"].format(target=target)}, config.seed)
             write_rows(pool, near, work / "near.arrow")
             sets, rows = [*sets, ("near", 1.0, TokenStore(work / "near.arrow"))], np.setdiff1d(rows, near)
         inputs = Inputs(
@@ -138,27 +139,20 @@ def chosen(run: RunContext, path: Path, upper: list[str], variant: dict[str, Any
             saved.update(zip(some.tolist(), scores.tolist(), strict=True))
             return scores
 
-        write_scores(score, pool, rows, work / "scores")
-        select(
-            work / "scores",
-            work / "selected",
-            rule_of(method, rule),
-            seed=derive_seed(config.seed, "select", 1),
-        )
-        kept = kept_rows(work / "selected", pool, in_order=method.trains_in_order)
+        kept = kept_by(run, rows, score, rule_of(method, rule), in_order=method.trains_in_order)
     np.save(path.with_suffix(".npy"), np.array([saved[int(r)] for r in rows]))
     flops = figures["flops"] + method.score_flops(pool, rows)
     return kept, {**figures, "flops": flops}
 
 
-def kept_by(run: RunContext, rows: np.ndarray, scores: np.ndarray, rule: SelectionConfig) -> np.ndarray:
-    """Rows that a rule keeps by scores that are there."""
-    pool, by_row = run.pool(), dict(zip(rows.tolist(), scores.tolist(), strict=True))
+def kept_by(run: RunContext, rows: np.ndarray, score: Any, rule: SelectionConfig, in_order: bool = False) -> np.ndarray:
+    """Rows that a rule keeps by scores, as a run does."""
+    pool = run.pool()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        write_scores(lambda some: np.array([by_row[int(r)] for r in some]), pool, rows, work / "scores")
+        write_scores(score, pool, rows, work / "scores")
         select(work / "scores", work / "selected", rule, seed=derive_seed(run.config.seed, "select", 1))
-        return kept_rows(work / "selected", pool)
+        return kept_rows(work / "selected", pool, in_order=in_order)
 
 
 def combined(folders: list[str], seed: int) -> np.ndarray:

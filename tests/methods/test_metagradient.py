@@ -10,6 +10,7 @@ import torch
 
 from bilect.functional import metagradient as functional
 from bilect.methods._influence import Adam
+from bilect.methods._steps import upper_objective_of
 from bilect.methods.contract import Inputs
 from bilect.models.causal_lm import CausalLM
 from bilect.runtime.progress import SilentProgress
@@ -38,7 +39,7 @@ def test_a_score_is_what_a_documents_weight_does_to_the_upper_loss(
         def kept(*args: Any) -> Any:
             found, end = functional.metagradient(*args)
             batches = module.upper_batches(inputs, module.UPPER_BATCH, "metagradient upper")
-            gradient = module.upper_objective_of(method._lm, batches, inputs, "response").gradient(end.theta)
+            gradient = upper_objective_of(method._lm, batches, inputs, "response").gradient(end.theta)
             ends.append(float(gradient.ce))
             return found, end
 

@@ -14,7 +14,7 @@ from bilect.data.loading import BatchStream, SetStream, length_bucketed
 from bilect.data.tokens import TokenStore
 from bilect.functional import linear_solve
 from bilect.functional.losses import token_losses
-from bilect.functional.trees import Tree
+from bilect.functional.trees import Tree, add_scaled, zeros_like
 from bilect.methods._influence import Adam
 from bilect.methods.contract import Inputs
 from bilect.models.causal_lm import CausalLM
@@ -26,6 +26,7 @@ __all__ = [
     "pool_batches",
     "pool_objective",
     "upper_batches",
+    "upper_gradient",
     "upper_loss",
     "upper_objective_of",
     "whole_texts",
@@ -136,6 +137,25 @@ def upper_objective_of(lm: CausalLM, batches: Iterator[Batch], inputs: Inputs, l
     batch = next(batches)
     batch = batch if learned == "response" else whole_texts(batch)
     return upper_objective(lm, batch, [weight for _, weight, _ in inputs.upper])
+
+
+def upper_gradient(
+    lm: CausalLM,
+    theta: Tree,
+    upper: Iterator[Batch],
+    number: int,
+    inputs: Inputs,
+    learned: LearnedPart,
+    bf16: bool = False,
+) -> tuple[Tree, Tensor]:
+    """``grad f(theta)`` and f over so many batches: means over batches, since a batch's f is a mean."""
+    total = zeros_like(theta)
+    loss = torch.zeros((), dtype=torch.float64, device=inputs.device)
+    for _ in range(number):
+        gradient = upper_objective_of(lm, upper, inputs, learned).gradient(theta, bf16)
+        total = add_scaled(total, gradient.tree, 1 / number)
+        loss = loss + gradient.ce / number
+    return total, loss
 
 
 @torch.no_grad()

@@ -22,10 +22,10 @@ from bilect.data.batch import make_batch
 from bilect.data.loading import SetStream, length_bucketed
 from bilect.data.tokens import TokenStore
 from bilect.functional import linear_solve
-from bilect.functional.trees import Tree, add_scaled
+from bilect.functional.trees import Tree
 from bilect.methods._influence import warm_adam
 from bilect.methods._resume import resume
-from bilect.methods._steps import LearnedPart, Steps, pool_batches, pool_objective, upper_batches, upper_objective_of
+from bilect.methods._steps import LearnedPart, Steps, pool_batches, pool_objective, upper_batches, upper_gradient
 from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
@@ -116,15 +116,10 @@ class Influence(DocumentMethod[InfluenceConfig]):
         return {"flops": flops, **figures}
 
     def _direction(self, steps: Steps, upper: SetStream) -> tuple[Tree, float]:
-        """z at the parameters as they are, and f there: means over batches, since a batch's f is a mean."""
+        """z at the parameters as they are, and f there."""
         config, inputs = self.config, self.inputs
         batches, theta = -(-config.upper_documents // config.batch_size), steps.frozen()
-        total: Tree = {name: torch.zeros_like(p) for name, p in theta.items()}
-        loss = torch.zeros((), dtype=torch.float64, device=inputs.device)
-        for _ in range(batches):
-            gradient = upper_objective_of(steps.lm, upper, inputs, config.learned).gradient(theta, inputs.bf16)
-            total = add_scaled(total, gradient.tree, 1 / batches)
-            loss = loss + gradient.ce / batches
+        total, loss = upper_gradient(steps.lm, theta, upper, batches, inputs, config.learned, inputs.bf16)
         if config.solver == "identity":
             return total, float(loss)
         return linear_solve.adam(total, steps.second_moment(total), steps.optimizer.defaults["eps"]).z, float(loss)

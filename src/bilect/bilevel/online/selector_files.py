@@ -48,21 +48,20 @@ def read_selector(folder: Path, selector: OnlineTokenSelector, remedy: str) -> d
         BilectError: a file is missing or broken.
     """
     first = load_state(selector_file(folder, 0), remedy)
-    world, rank = distributed.world_size(), distributed.rank()
     try:
         ranks, sharded = int(first["ranks"]), bool(first["sharded"])
-        if (ranks, sharded) == (world, selector.sharded):
+        if (ranks, sharded) == (distributed.world_size(), selector.sharded):
             return dict(load_state(selector_file(folder), remedy)["state"])
         states = [load_state(selector_file(folder, r), remedy)["state"] for r in range(ranks)]
-        return _of_other_ranks(states, sharded, rank, world)
+        return _of_other_ranks(states, sharded)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         file = selector_file(folder)
         raise BilectError(f"checkpoint: {file} does not fit ({reason(error)}); {remedy}") from error
 
 
-def _of_other_ranks(states: Sequence[dict[str, Any]], sharded: bool, rank: int, world: int) -> dict[str, Any]:
-    """The state of a rank of ``world``, with whole weights, from those of all ranks that there were."""
-    state = dict(states[0])
+def _of_other_ranks(states: Sequence[dict[str, Any]], sharded: bool) -> dict[str, Any]:
+    """The state of this rank, with whole weights, from those of all ranks that there were."""
+    state, rank = dict(states[0]), distributed.rank()
     if "generator" in state and rank < len(states):
         state["generator"] = states[rank]["generator"]
     elif "generator" in state:  # draws of its own, which one rank's past says nothing about
@@ -70,12 +69,12 @@ def _of_other_ranks(states: Sequence[dict[str, Any]], sharded: bool, rank: int, 
         state["generator"] = torch.Generator().manual_seed(seed).get_state()
     if "watcher" in state:
         own = [s["watcher"] for s in states]
-        probe, mask_N = _part([(w["probe"], w["probe_mask"]) for w in own], rank, world)
+        probe, mask_N = _part([(w["probe"], w["probe_mask"]) for w in own])
         last_sync = own[0]["last_sync"] if not sharded else _whole([w["last_sync"] for w in own])
         state["watcher"] = {**own[0], "probe": probe, "probe_mask": mask_N, "last_sync": last_sync}
     if "synchroniser" in state:
         parts = [s["synchroniser"] for s in states]
-        recent = [_part(batches, rank, world) for batches in zip(*(p["recent"] for p in parts), strict=True)]
+        recent = [_part(batches) for batches in zip(*(p["recent"] for p in parts), strict=True)]
         followers = parts[0]["followers"] if not sharded else _whole([p["followers"] for p in parts])
         state["synchroniser"] = {**parts[0], "recent": recent, "followers": followers}
     return state
@@ -91,8 +90,8 @@ def _whole(parts: Sequence[Any]) -> Any:
     return torch.cat(list(parts)) if isinstance(first, Tensor) and first.ndim else first
 
 
-def _part(own: Sequence[tuple[dict[str, Any] | None, Tensor | None]], rank: int, world: int) -> tuple[Any, Any]:
-    """A rank's part of the batch that others had their parts of, and of what goes with its learned tokens."""
+def _part(own: Sequence[tuple[dict[str, Any] | None, Tensor | None]]) -> tuple[Any, Any]:
+    """This rank's part of the batch that others had their parts of, and of what goes with its learned tokens."""
     batches = [TokenBatch.from_state(state) for state, _ in own if state is not None]
     if not batches:
         return None, None
@@ -108,9 +107,8 @@ def _part(own: Sequence[tuple[dict[str, Any] | None, Tensor | None]], rank: int,
     masks = [mask_N for _, mask_N in own if mask_N is not None]
     sources = [s for b in batches for s in b.source_B or ()]
 
-    base, extra = divmod(rows, world)
-    start = rank * base + min(rank, extra)
-    end = start + base + (rank < extra)
+    mine = distributed.own_part(range(rows))
+    start, end = mine[0] if mine else 0, mine[-1] + 1 if mine else 0
     mine_N = (at_N >= start * width) & (at_N < end * width)
     part = TokenBatch(
         {k: v[start:end] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v for k, v in inputs.items()},

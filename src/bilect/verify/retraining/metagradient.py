@@ -21,9 +21,9 @@ from bilect.bilevel.objective import document_losses
 from bilect.data.batch import make_batch
 from bilect.data.tokens import TokenStore
 from bilect.functional.metagradient import AdamState, SmoothAdam, metagradient
-from bilect.functional.trees import Tree, add_scaled, zeros_like
+from bilect.functional.trees import Tree
 from bilect.methods._influence import warm_adam
-from bilect.methods._steps import upper_batches, upper_objective_of
+from bilect.methods._steps import upper_batches, upper_gradient
 from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
@@ -90,8 +90,5 @@ class Metagradient(DocumentMethod[MetagradientConfig]):
 
     def _upper(self, theta: Tree) -> Tree:
         number = -(-self.config.upper_documents // UPPER_BATCH)
-        batches, total = upper_batches(self.inputs, UPPER_BATCH, "metagradient upper"), zeros_like(theta)
-        for _ in range(number):
-            gradient = upper_objective_of(self._lm, batches, self.inputs, "response").gradient(theta)
-            total = add_scaled(total, gradient.tree, 1 / number)
-        return total
+        batches = upper_batches(self.inputs, UPPER_BATCH, "metagradient upper")
+        return upper_gradient(self._lm, theta, batches, number, self.inputs, "response")[0]
