@@ -16,6 +16,9 @@ The study:
 A variant may have a rule of its own (``selection: {temperature: 0.5}``), and in place of a method the sum of
 standardised scores that other cells have left (``scores: ["cells/{target}/dsir", "cells/{target}/excess"]``). With
 ``upper_from_pool: {by: FOLDER_OF_SCORES, documents: 512}`` (or ``by: random``) pieces of the pool are upper data too.
+``set: {in_turn: true}`` and ``set: {redundancy: 0.5, scores: [FOLDER]}`` choose as ``_sets.py`` says. The control that
+no method may leave out is ``train_upper: 0.25``, the share of the trained tokens that are the upper data themselves;
+``steps`` are of its training, for equal operations in place of equal tokens.
 """
 
 import argparse
@@ -28,12 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from _sets import in_turn, without_redundancy
 from scipy.stats import t
 from transformers.utils import logging
 
 from bilect import methods
 from bilect.config import SelectionConfig, load_config
-from bilect.data.tokens import TokenStore, write_rows
+from bilect.data.tokens import TokenStore, join_tokens, write_rows
 from bilect.methods.contract import Inputs
 from bilect.pipeline.choosing import rule_of
 from bilect.pipeline.context import RunContext
@@ -77,7 +81,8 @@ def path_of(out: Path, seed: int, target: str, name: str) -> Path:
 
 def cell(run: RunContext, out: Path, target: str, sets: dict[str, Any], name: str, variant: dict[str, Any]) -> None:
     path = path_of(out, run.config.seed, target, name)
-    if "scores" not in variant and variant.get("method", "random") == "random":  # the same for all targets
+    if not {"scores", "set", "train_upper"} & set(variant) and variant.get("method", "random") == "random":
+        # the same for all targets
         path = path_of(out, run.config.seed, "any", name)
     if path.exists():
         return
@@ -89,7 +94,7 @@ def cell(run: RunContext, out: Path, target: str, sets: dict[str, Any], name: st
     else:
         rows, figures = chosen(run, path, sets["upper"], variant)
         figures["choosing_seconds"] = time.process_time() - started
-        model = trained(run, rows)
+        model = trained(run, rows, sets["upper"], variant)
         figures |= {"documents": len(rows), "sources": shares(pool.sources(rows))}
     losses = {
         k: evaluation.evaluate(model, s, run.pad_id, run.config.score_batch_tokens).loss
@@ -105,6 +110,8 @@ def chosen(run: RunContext, path: Path, upper: list[str], variant: dict[str, Any
     rows = run.shard(1, len(pool))
     rule = config.selection.model_copy(update=variant.get("selection", {}))
     target = path.parts[-3]
+    if "set" in variant:
+        return chosen_set(run, rows, upper, target, variant["set"]), {}
     if "scores" in variant:
         scores = combined([folder.format(target=target) for folder in variant["scores"]], config.seed)
         by_row = dict(zip(rows.tolist(), scores.tolist(), strict=True))
@@ -117,19 +124,7 @@ def chosen(run: RunContext, path: Path, upper: list[str], variant: dict[str, Any
             near = nearest(rows, {**own, "by": own["by"].format(target=target)}, config.seed)
             write_rows(pool, near, work / "near.arrow")
             sets, rows = [*sets, ("near", 1.0, TokenStore(work / "near.arrow"))], np.setdiff1d(rows, near)
-        inputs = Inputs(
-            pool,
-            rows,
-            sets,
-            proxy=run.root / "warmup" / "proxy",
-            target=run.root / "warmup" / "target",
-            scratch=work / "fit",
-            pad_id=run.pad_id,
-            seed=config.seed,
-            device=run.device,
-            batch_tokens=config.score_batch_tokens,
-            checkpoint_every=10**6,
-        )
+        inputs = inputs_of(run, rows, sets, work / "fit")
         with run.progress.task("fit") as task:
             figures = method.fit(inputs, task)
         saved: dict[int, float] = {}
@@ -143,6 +138,42 @@ def chosen(run: RunContext, path: Path, upper: list[str], variant: dict[str, Any
     np.save(path.with_suffix(".npy"), np.array([saved[int(r)] for r in rows]))
     flops = figures["flops"] + method.score_flops(pool, rows)
     return kept, {**figures, "flops": flops}
+
+
+def inputs_of(run: RunContext, rows: np.ndarray, sets: list[tuple[str, float, TokenStore]], scratch: Path) -> Inputs:
+    """What a fit on the warm models is given."""
+    return Inputs(
+        run.pool(),
+        rows,
+        sets,
+        proxy=run.root / "warmup" / "proxy",
+        target=run.root / "warmup" / "target",
+        scratch=scratch,
+        pad_id=run.pad_id,
+        seed=run.config.seed,
+        device=run.device,
+        batch_tokens=run.config.score_batch_tokens,
+        checkpoint_every=10**6,
+    )
+
+
+def chosen_set(
+    run: RunContext, rows: np.ndarray, upper: list[str], target: str, settings: dict[str, Any]
+) -> np.ndarray:
+    """Rows that ``_sets.py`` keeps."""
+    texts = run.pool().texts(rows)
+    ratio, seed = run.config.selection.keep_ratio, run.config.seed
+    assert ratio is not None
+    wanted = round(ratio * len(rows))
+    if settings.get("in_turn"):
+        examples = [t for name, _, store in run.upper_sets() if name in upper for t in whole_texts(store)]
+        return rows[in_turn(texts, examples, wanted, seed)]
+    scores = combined([folder.format(target=target) for folder in settings["scores"]], seed)
+    return rows[without_redundancy(texts, scores, wanted, settings["redundancy"])]
+
+
+def whole_texts(store: TokenStore) -> list[str]:
+    return list(store.texts(np.arange(len(store))))
 
 
 def kept_by(run: RunContext, rows: np.ndarray, score: Any, rule: SelectionConfig, in_order: bool = False) -> np.ndarray:
@@ -169,17 +200,37 @@ def nearest(rows: np.ndarray, own: dict[str, Any], seed: int) -> np.ndarray:
     return np.sort(rows[np.argsort(-scores, kind="stable")[: own["documents"]]])
 
 
-def trained(run: RunContext, rows: np.ndarray) -> Any:
+def trained(run: RunContext, rows: np.ndarray, upper: list[str], variant: dict[str, Any]) -> Any:
     """The warm target trained on rows as an arm of a run, decay branch included."""
-    before, config, seed = run.root / "warmup" / "target", run.config.training, derive_seed(run.config.seed, "train", 1)
+    before, seed = run.root / "warmup" / "target", derive_seed(run.config.seed, "train", 1)
+    config = run.config.training.model_copy(update={"steps": variant.get("steps", run.config.training.steps)})
     model, pool = run.load("warmup/target"), run.pool()
     common: dict[str, Any] = {"context": run.config.data.context, "device": run.device, "checkpoint_every": 10**6}
     with tempfile.TemporaryDirectory() as name, run.progress.task("train") as task:
+        if "train_upper" in variant:
+            pool, rows, common["weight_R"] = with_upper(run, rows, upper, variant["train_upper"], Path(name) / "joined")
         train(model, pool, rows, Path(name), config, seed=seed, task=task, start_from=before, **common)
         if config.decay_steps:
             train(model, pool, rows, Path(name), config, seed=seed + 1, task=task, start_from=Path(name), decay=True,
                   **common)  # fmt: skip
     return model
+
+
+def with_upper(
+    run: RunContext, rows: np.ndarray, upper: list[str], share: float, path: Path
+) -> tuple[TokenStore, np.ndarray, np.ndarray]:
+    """Rows of the pool and the upper data as one store; weights give the upper data their share of the tokens."""
+    stores = [store for name, _, store in run.upper_sets() if name in upper]
+    parts = [path.with_suffix(f".{k}") for k in range(1 + len(stores))]
+    write_rows(run.pool(), rows, parts[0])
+    for store, part in zip(stores, parts[1:], strict=True):
+        write_rows(store, np.arange(len(store)), part)
+    join_tokens(parts, path)
+    joined = TokenStore(path)
+    tokens, weight_R = joined.length_R.astype(float), np.ones(len(joined))
+    of_upper = np.arange(len(joined)) >= len(rows)
+    weight_R[of_upper] = share / (1 - share) * tokens[~of_upper].sum() / tokens[of_upper].sum()
+    return joined, np.arange(len(joined)), weight_R
 
 
 def shares(sources: list[str]) -> dict[str, int]:

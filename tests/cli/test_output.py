@@ -13,13 +13,13 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from bilect.cli.commands import app, main
+from bilect.cli.commands import app
 from bilect.cli.output import shown
 from bilect.runtime.terminal import PlainConsole, silenced
 from tests.corpus import tiny_settings, write_corpus
 
 WITH_RESULT = {"choose", "run", "warmup", "fit", "score", "select", "train", "eval", "compare", "export", "report",
-               "verify", "doctor", "inspect"}  # fmt: skip
+               "verify", "doctor", "inspect", "tasks"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +31,6 @@ def scored(tmp_path_factory):
     names = ("doc_id", "source", "n_tokens", "score")
     pq.write_table(pa.table(dict(zip(names, zip(*rows, strict=True), strict=True))), folder / "00000-x.parquet")
     return folder
-
-
-@pytest.fixture
-def said(monkeypatch, capfd):
-    """Exit code, standard output and standard error of a command."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["bilect", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return (code, *capfd.readouterr())
-
-    return run
 
 
 def test_the_result_alone_is_on_standard_output(scored, tmp_path):

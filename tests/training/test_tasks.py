@@ -14,6 +14,7 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 from rich.console import Console
+from scipy.stats import t
 
 from bilect.cli.screens import _tasks_table
 from bilect.config import parse_config
@@ -30,6 +31,7 @@ from bilect.report.wording import measured
 from bilect.runtime.progress import SilentProgress
 from bilect.training import tasks
 from bilect.training.evaluation import evaluate
+from bilect.training.task_examples import Examples, paired_difference
 from tests.corpus import tiny_settings, write_corpus, write_jsonl
 from tests.helpers import tiny_lm
 
@@ -130,7 +132,11 @@ def test_multiple_choice_is_the_likeliest_answer(folder, examples, log_likelihoo
             right.append(ll.argmax() == r["gold"])
             # lm-eval's length: characters of the choice, without the space before it
             right_normed.append((ll / [len(choice) for choice in r["choices"]]).argmax() == r["gold"])
-        assert results[task]["n"] == 10 and set(results[task]) == {"acc", "acc_norm", "n"}
+        assert results[task]["n"] == 10
+        assert set(results[task]) == {"acc", "acc_norm", "answer_bits_per_byte", "n"}
+        bits = [-log_likelihood(r["query"], " " + r["choices"][r["gold"]])[0] / math.log(2) for r in records]
+        n_bytes = [len(r["choices"][r["gold"]].encode()) for r in records]
+        assert results[task]["answer_bits_per_byte"]["value"] == pytest.approx(sum(bits) / sum(n_bytes), rel=1e-4)
         for metric, hits in (("acc", right), ("acc_norm", right_normed)):
             found = results[task][metric]
             assert found["value"] == pytest.approx(np.mean(hits))
@@ -157,6 +163,9 @@ def test_lambada_is_what_the_evaluation_of_held_out_sets_says(folder, examples, 
     error = perplexity * statistics.stdev(ll for ll, _ in pairs) / math.sqrt(10)
     assert found["perplexity"]["stderr"] == pytest.approx(error, rel=1e-4)
     assert found["acc"]["value"] == ours.accuracy == statistics.mean(greedy for _, greedy in pairs)
+    n_bytes = sum(len(r["response"].strip().encode()) for r in LAMBADA)
+    bits = -sum(ll for ll, _ in pairs) / math.log(2)
+    assert found["answer_bits_per_byte"]["value"] == pytest.approx(bits / n_bytes, rel=1e-4)
 
 
 def test_bits_per_byte_count_each_byte_once(folder, examples, log_likelihood):
@@ -203,9 +212,71 @@ def test_an_answer_without_tokens_is_one_line(folder, examples, tmp_path):
 def test_standard_error_is_that_of_repeated_draws(aggregation, f):
     draws = RNG.normal(1.0, 0.5, size=(4000, 50))
     values = [f(x.mean()) for x in draws]
-    stated = [tasks.standard_error(aggregation, v, list(x)) for v, x in zip(values, draws, strict=True)]
+    stated = [Examples(aggregation, v, list(x)).stderr for v, x in zip(values, draws, strict=True)]
     assert np.mean(stated) == pytest.approx(np.std(values), rel=0.05)
-    assert tasks.standard_error("median", 1.0, [1.0, 2.0]) is None and tasks.standard_error("mean", 1.0, [1.0]) is None
+    assert Examples("median", 1.0, [1.0, 2.0]).stderr is None and Examples("mean", 1.0, [1.0]).stderr is None
+
+
+def test_a_paired_interval_covers_the_difference_and_is_narrower_than_two_models_apart():
+    """Bits per byte of two models, whose examples share what makes them hard."""
+    covered, narrower, runs = 0, 0, 400
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        w, hard = rng.integers(20, 80, 60), rng.normal(2.0, 0.5, 60)
+        x = [hard * w + rng.normal(0, 2, 60), (hard - 0.1) * w + rng.normal(0, 2, 60)]
+        a, b = (Examples("mean", m.sum() / w.sum(), list(zip(m, w, strict=True))) for m in x)
+        found = paired_difference(a, b)
+        covered += found["low"] <= -0.1 <= found["high"]
+        narrower += found["high"] - found["low"] < 2 * math.hypot(a.stderr, b.stderr)
+        assert found["p"] is None  # no share of right answers
+    assert 0.92 <= covered / runs <= 0.98 and narrower == runs
+    with pytest.raises(BilectError, match="60 and 59 examples cannot be paired"):
+        paired_difference(a, Examples("mean", 0.0, list(b.samples[1:])))
+
+
+def test_mcnemar_counts_what_one_model_alone_has_right():
+    """Seven examples gained, one lost: 2 (C(8,0) + C(8,1)) / 2^8."""
+    before = [1.0] * 5 + [0.0] * 7 + [1.0] + [0.0] * 4
+    after = [1.0] * 5 + [1.0] * 7 + [0.0] + [0.0] * 4
+    found = paired_difference(Examples("mean", np.mean(before), before), Examples("mean", np.mean(after), after))
+    assert found["difference"] == pytest.approx(6 / 17) and found["p"] == pytest.approx(18 / 256)
+    d = np.subtract(after, before)
+    half = t.ppf(0.975, 16) * d.std(ddof=1) / math.sqrt(17)
+    assert (found["low"], found["high"]) == pytest.approx((6 / 17 - half, 6 / 17 + half))
+    same = paired_difference(Examples("mean", np.mean(after), after), Examples("mean", np.mean(after), after))
+    assert (same["difference"], same["p"]) == (0.0, 1.0)
+
+
+def test_the_command_compares_models_on_the_same_examples(folder, examples, tmp_path, said):
+    torch.manual_seed(1)
+    model = load_causal_lm(str(folder))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    other = tmp_path / "other"
+    model.save_pretrained(other)
+    load_tokenizer(str(folder)).save_pretrained(other)
+    names = [x for name in ("arc_easy", "lambada") for x in ("--task", str(examples / f"{name}.yaml"))]
+    out = tmp_path / "tasks.json"
+    code, text, _ = said("tasks", folder, other, *names, "--limit", 6, "--json", "--out", out)
+    result = json.loads(text)
+    assert code == 0 and result == json.loads(out.read_text())
+    for place in (folder, other):
+        alone, cost = tasks.run_tasks(place, names[1::2], limit=6)
+        assert result["models"][str(place)] == alone and result["cost"][str(place)] == cost
+    found = result["differences"][str(other)]["lambada_local"]
+    values = [result["models"][str(p)]["lambada_local"]["answer_bits_per_byte"]["value"] for p in (folder, other)]
+    assert found["answer_bits_per_byte"]["difference"] == pytest.approx(values[1] - values[0]) != 0
+    assert set(result["differences"]) == {str(other)} and found["acc"]["p"] is not None
+    code, text, _ = said("tasks", folder, other, *names, "--limit", 2)
+    assert code == 0 and f"differences from {folder.name}" in text and f"Numbers: {out}" not in text
+    for wrong, line in (
+        ([folder, folder, *names], "a model is given twice"),
+        ([folder, *names, "--out", tmp_path / "no" / "x.json"], "create it"),
+        ([tmp_path / "nothing", *names], "no directory"),
+    ):
+        code, text, error = said("tasks", *wrong)
+        assert code == 2 and line in error and len(error.splitlines()) == 1
 
 
 TASK = "task: t\ndataset_path: json\ntest_split: test\noutput_type: loglikelihood\ndoc_to_text: prompt\n"

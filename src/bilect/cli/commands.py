@@ -437,6 +437,26 @@ def watch(
 
 @app.command()
 @shown
+def tasks(
+    models: Annotated[
+        list[str], typer.Argument(help="Directories, Hub names or .gguf files; the others are compared with the first.")
+    ],
+    task: Annotated[list[str], typer.Option("--task", help="Task file or name that lm-eval knows; repeatable.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="First examples of each task; default: all.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Greatest input, tokens; default: what each model takes.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where: auto, cpu, cuda, cuda:1 ...")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+) -> Result:
+    """Saved models on downstream tasks, compared example by example."""
+    from bilect.cli.evaluating import show_tasks
+
+    return show_tasks(models, task, limit, context, device, out)
+
+
+@app.command()
+@shown
 def doctor(
     folder: Annotated[Path, typer.Argument(help="Where results are to be written.", metavar="[FOLDER]")] = Path(),
 ) -> tuple[Result, int]:

@@ -13,31 +13,46 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bilect.data.task_files import is_task_file, read_dataset, read_task_file
 from bilect.errors import BilectError, reason
 from bilect.models.loading import load_causal_lm, load_tokenizer
+from bilect.training.task_examples import Examples, TaskExamples
 
-__all__ = ["find_tasks", "run_tasks", "standard_error"]
+__all__ = ["find_tasks", "run_tasks", "task_examples"]
 
 Results = dict[str, dict[str, Any]]
 
 
-def run_tasks(
-    folder: Path,
+def run_tasks(folder: Path | str, names: Sequence[str], **settings: Any) -> tuple[Results, dict[str, Any]]:
+    """Figures of a saved model on tasks; arguments and errors as of ``task_examples``.
+
+    Returns:
+        By task ``{metric: {"value", "stderr"}, ..., "n": examples}``, with metrics named as in lm-eval: ``acc``,
+        ``acc_norm`` (length-normalised: by characters), ``perplexity`` (of a whole answer), ``bits_per_byte`` ...;
+        and ours, ``answer_bits_per_byte``. ``stderr`` is None where none is known (``Examples``). And the cost.
+    """
+    found, cost = task_examples(folder, names, **settings)
+    return {name: task.figures() for name, task in found.items()}, cost
+
+
+def task_examples(
+    folder: Path | str,
     names: Sequence[str],
     *,
     limit: int | None = None,
     context: int | None = None,
     batch_tokens: int = 8192,
     device: torch.device | str = "cpu",
-) -> tuple[Results, dict[str, Any]]:
-    """Evaluate a saved model on tasks.
+) -> tuple[dict[str, TaskExamples], dict[str, Any]]:
+    """Evaluate a saved model on tasks, example by example.
+
+    Where answers are scored, ``answer_bits_per_byte`` is the surprise at the right one, -log2 p over its bytes: it
+    moves long before another answer becomes the likeliest.
 
     Args:
-        folder: model and tokenizer in Hugging Face format.
+        folder: model and tokenizer in Hugging Face format, or a GGUF file.
         names: lm-eval names (a group stands for its tasks) or task files.
         limit: first examples of each task; None for all.
         context: greatest input, tokens; more is cut from the left. None: what the model's config says.
@@ -45,10 +60,7 @@ def run_tasks(
         device: to evaluate on.
 
     Returns:
-        By task ``{metric: {"value", "stderr"}, ..., "n": examples}``, with metrics named as in lm-eval: ``acc``,
-        ``acc_norm`` (length-normalised: by characters), ``perplexity`` (of a whole answer), ``bits_per_byte`` ...;
-        ``stderr`` is None where ``standard_error`` knows none. And the cost: ``tokens``, ``flops`` (of generated text:
-        not counted).
+        Every metric by task; and the cost: ``tokens``, ``flops`` (of generated text: not counted).
 
     Raises:
         BilectError: a task or the model cannot be loaded, or an answer has no tokens.
@@ -60,7 +72,7 @@ def run_tasks(
 
     with _quiet(), torch.random.fork_rng():
         model, tokenizer = load_causal_lm(str(folder)).to(device), load_tokenizer(str(folder))
-        results, cost = Results(), {"tokens": 0, "flops": 0.0}
+        results, cost = dict[str, TaskExamples](), {"tokens": 0, "flops": 0.0}
         for name, task in tasks.items():
             torch.manual_seed(0)  # for tasks that sample
             lm = LMEvalModel(model, tokenizer, context, batch_tokens)
@@ -69,51 +81,42 @@ def run_tasks(
             except OverflowError as error:
                 raise BilectError(f"tasks: {name}: {reason(error)}: lm-eval's perplexity is of whole answers; for long "
                                   "ones use bits_per_byte, as examples/tasks/gsm8k.yaml does") from error  # fmt: skip
-            results[name] = _figures(name, task, found)
+            results[name] = _examples(name, task, found)
             cost = {key: cost[key] + getattr(lm, key) for key in cost}
     return results, cost
 
 
-def _figures(name: str, task: Any, found: Mapping[str, Any]) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+def _examples(name: str, task: Any, found: Mapping[str, Any]) -> TaskExamples:
+    metrics: dict[str, Examples] = {}
     for key, value in found["results"][name].items():
         metric, comma, chosen = key.partition(",")  # "acc,none"; other filters of answers stay in the name
         if not comma or metric.endswith("_stderr"):
             continue
         samples = [s[metric] for s in found["samples"][name] if s["filter"] == chosen and metric in s]
         aggregation = getattr(task.aggregation().get(metric), "__name__", "mean")
-        figures[metric if chosen == "none" else key] = {
-            "value": float(value),
-            "stderr": standard_error(aggregation, float(value), samples),
-        }
-    return {**figures, "n": found["n-samples"][name]["effective"]}
+        metrics[metric if chosen == "none" else key] = Examples(aggregation, float(value), samples)
+    answers = [_right_answer(task, s) for s in found["samples"][name] if s["filter"] == "none"]
+    pairs = [pair for pair in answers if pair is not None]
+    if pairs and len(pairs) == len(answers):
+        bits, n_bytes = map(sum, zip(*pairs, strict=True))
+        metrics["answer_bits_per_byte"] = Examples("mean", bits / n_bytes, pairs)
+    return TaskExamples(found["n-samples"][name]["effective"], metrics)
 
 
-def standard_error(aggregation: str, value: float, samples: Sequence[Any]) -> float | None:
-    """Of a metric, by the delta method; in closed form, so that repeating an evaluation repeats it to the last bit.
-
-    With r = sum x_i / sum w_i (w_i = 1 but for metrics per byte or word), e_i = x_i - r w_i and n examples::
-
-        se(r)^2 = n / (n - 1) * sum e_i^2 / (sum w_i)^2,    se(f(r)) = |f'(r)| se(r)
-
-    which is s / sqrt(n) for a mean. (lm-eval bootstraps where f is not the identity.)
-
-    Args:
-        aggregation: lm-eval's name of f: mean, perplexity, weighted_perplexity or bits_per_byte.
-        value: f(r).
-        samples: x_i, or pairs (x_i, w_i).
-
-    Returns:
-        None for other aggregations, and for fewer than two examples.
-    """
-    slopes = {"mean": 1.0, "perplexity": value, "weighted_perplexity": value, "bits_per_byte": 1 / math.log(2)}
-    n = len(samples)
-    if aggregation not in slopes or n < 2:
+def _right_answer(task: Any, sample: Mapping[str, Any]) -> tuple[float, int] | None:
+    """Bits and bytes of the right answer; None where none is scored, or several are right."""
+    if task.OUTPUT_TYPE == "loglikelihood":
+        right = 0
+    elif task.OUTPUT_TYPE == "multiple_choice" and not task.multiple_input:
+        right, choices = sample["target"], task.doc_to_choice(sample["doc"])
+        right = choices.index(right) if right in choices else right
+    else:
         return None
-    pair_N2 = np.array([s if isinstance(s, tuple) else (s, 1.0) for s in samples], dtype=float)
-    x_N, w_N = pair_N2.T
-    e_N = x_N - x_N.sum() / w_N.sum() * w_N
-    return float(slopes[aggregation] * math.sqrt(n / (n - 1) * (e_N**2).sum()) / w_N.sum())
+    if not isinstance(right, int) or not 0 <= right < len(sample["arguments"]):
+        return None
+    answer = sample["arguments"][right][1].strip()
+    log_likelihood, _ = sample["filtered_resps"][right]
+    return -log_likelihood / math.log(2), max(len(answer.encode()), 1)
 
 
 def find_tasks(names: Sequence[str], limit: int | None = None) -> dict[str, Any]:

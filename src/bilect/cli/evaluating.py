@@ -1,0 +1,94 @@
+"""``bilect tasks``: saved models on downstream tasks, each against the first on the same examples."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bilect.runtime.terminal import PlainConsole, printable
+
+if TYPE_CHECKING:
+    from bilect.cli.output import Result
+
+__all__ = ["show_tasks"]
+
+
+def show_tasks(
+    models: Sequence[str], names: Sequence[str], limit: int | None, context: int | None, device: str, out: Path | None
+) -> "Result":
+    """Evaluate one model after the other, then show all of them.
+
+    Raises:
+        BilectError: as of ``task_examples``; a model given twice.
+    """
+    from bilect.errors import BilectError
+    from bilect.runtime.device import pick_device
+    from bilect.runtime.files import write_json
+    from bilect.training.task_examples import TaskExamples, paired_difference
+    from bilect.training.tasks import find_tasks, task_examples
+
+    if len(set(models)) < len(models):
+        raise BilectError("tasks: a model is given twice; give each once")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise BilectError(f"--out {out}: no directory {out.parent}; create it")
+    find_tasks(names, limit)  # fails before a model is loaded
+    where, found, costs = pick_device(device), dict[str, dict[str, TaskExamples]](), dict[str, Any]()
+    console = PlainConsole(soft_wrap=False)
+    for model in models:
+        found[model], costs[model] = task_examples(model, names, limit=limit, context=context, device=where)
+        console.print(f"{printable(model)}: {costs[model]['tokens']:,} tokens, {costs[model]['flops']:.3g} FLOPs")
+    first = models[0]
+    differences = {
+        model: {task: {m: paired_difference(found[first][task].metrics[m], e) for m, e in figures.metrics.items()}
+                for task, figures in found[model].items()}
+        for model in models[1:]
+    }  # fmt: skip
+    result = {
+        "models": {model: {task: e.figures() for task, e in by_task.items()} for model, by_task in found.items()},
+        "against": first,
+        "differences": differences,
+        "cost": costs,
+    }
+    console.print(_table(result))
+    if out is not None:
+        write_json(out, result)
+        console.print(f"Numbers: {out}")
+    return result
+
+
+def _table(result: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
+    from bilect.report.wording import decimal, measured
+
+    shown, first = _short(list(result["models"])), result["against"]
+    paired = bool(result["differences"])
+    title = "Downstream tasks, ± one standard error" + (f"; differences from {shown[first]}" if paired else "")
+    table = Table(title=title)
+    for name in ("task", "metric", "examples", "model", "value", *(("difference (95%)", "p") if paired else ())):
+        table.add_column(name, justify="left" if name in ("task", "metric", "model") else "right")
+    for task, figures in result["models"][first].items():
+        for metric in (m for m in figures if m != "n"):
+            for model, by_task in result["models"].items():
+                value = by_task[task][metric]
+                row = [task, metric, f"{figures['n']:,}", shown[model], measured(value["value"], value["stderr"])]
+                if paired:
+                    row += _difference(result["differences"].get(model, {}).get(task, {}).get(metric), decimal)
+                table.add_row(*row)
+    if paired:
+        table.caption = "p: McNemar's exact test, on the examples that one of the two has right"
+    return table
+
+
+def _short(models: Sequence[str]) -> dict[str, str]:
+    """Last parts of the paths, where they tell the models apart."""
+    names = [printable(Path(model).name or model) for model in models]
+    return dict(zip(models, names if len(set(names)) == len(names) else map(printable, models), strict=True))
+
+
+def _difference(found: Mapping[str, Any] | None, decimal: Any) -> list[str]:
+    if found is None:
+        return ["", ""]
+    shown = decimal(found["difference"], 3)
+    if found["low"] is not None:
+        shown += f" ({decimal(found['low'], 3)} to {decimal(found['high'], 3)})"
+    return [shown, "" if found["p"] is None else f"{found['p']:.3g}"]
