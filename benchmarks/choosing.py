@@ -18,13 +18,15 @@ standardised scores that other cells have left (``scores: ["cells/{target}/dsir"
 ``upper_from_pool: {by: FOLDER_OF_SCORES, documents: 512}`` (or ``by: random``) pieces of the pool are upper data too.
 ``set: {in_turn: true}`` and ``set: {redundancy: 0.5, scores: [FOLDER]}`` choose as ``_sets.py`` says. The control that
 no method may leave out is ``train_upper: 0.25``, the share of the trained tokens that are the upper data themselves;
-``steps`` are of its training, for equal operations in place of equal tokens.
+``steps`` are of its training, for equal operations in place of equal tokens. In the table, ``stable`` is the rank
+correlation of scores under two seeds, ``corr`` that of a score model with held-out labels.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ import numpy as np
 import torch
 import yaml
 from _sets import in_turn, without_redundancy
-from scipy.stats import t
+from scipy.stats import spearmanr, t
 from transformers.utils import logging
 
 from bilect import methods
@@ -116,7 +118,7 @@ def chosen(run: RunContext, path: Path, upper: list[str], variant: dict[str, Any
         scores = combined([folder.format(target=target) for folder in variant["scores"]], config.seed)
         by_row = dict(zip(rows.tolist(), scores.tolist(), strict=True))
         return kept_by(run, rows, lambda some: np.array([by_row[int(r)] for r in some]), rule), {}
-    method = methods.make_for(config, variant["method"], variant.get("settings"))
+    method = methods.make_for(config, variant.get("method", "random"), variant.get("settings"))
     sets = [s for s in run.upper_sets() if s[0] in upper]
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -136,6 +138,7 @@ def chosen(run: RunContext, path: Path, upper: list[str], variant: dict[str, Any
 
         kept = kept_by(run, rows, score, rule_of(method, rule), in_order=method.trains_in_order)
     np.save(path.with_suffix(".npy"), np.array([saved[int(r)] for r in rows]))
+    np.save(path.with_name(path.stem.replace("seed", "rows") + ".npy"), rows)
     flops = figures["flops"] + method.score_flops(pool, rows)
     return kept, {**figures, "flops": flops}
 
@@ -260,10 +263,23 @@ def table(out: Path, study: dict[str, Any]) -> None:
             corr = [c["label_correlation"] for c in cells.values() if c.get("label_correlation") is not None]
             flops = [c["flops"] / 1e12 for c in cells.values() if "flops" in c]
             seconds = [c.get("choosing_seconds", 0) for c in cells.values()]
-            line += f"  {'':6s} {np.mean(corr) if corr else np.nan:5.2f} {np.mean(flops) if flops else 0:6.2f}"
+            line += f"  {stability(out / target / name):6.2f} {np.mean(corr) if corr else np.nan:5.2f}"
+            line += f" {np.mean(flops) if flops else 0:6.2f}"
             print(f"{line} {np.mean(seconds):4.0f}")
             summary.setdefault(target, {})[name] = row
     print(json.dumps(summary))
+
+
+def stability(folder: Path) -> float:
+    """Mean rank correlation of the scores under two seeds, over the pieces that are candidates under both."""
+    found = [
+        (np.load(f), np.load(f.with_name(f.name.replace("rows", "seed")))) for f in sorted(folder.glob("rows-*.npy"))
+    ]
+    each = []
+    for (rows_a, a), (rows_b, b) in combinations(found, 2):
+        _, in_a, in_b = np.intersect1d(rows_a, rows_b, return_indices=True)
+        each.append(spearmanr(a[in_a], b[in_b]).statistic)
+    return float(np.mean(each)) if each else float("nan")
 
 
 def paired(a: dict[int, float], b: dict[int, float]) -> tuple[float, float]:

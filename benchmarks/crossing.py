@@ -2,8 +2,8 @@
 
 Reads cells that ``choosing.py`` has left for one pool, in which the variants ``excess SIZE`` are fits by proxies of
 several sizes and ``dsir`` is beside them. The proxy's loss is its loss, before the reference is trained, on the upper
-data that are held out of that training. Of a pool with damaged documents (``pools.py``) the share of them that is kept
-is printed too.
+data that are held out of that training. Also printed: of a pool with damaged documents (``pools.py``) the share of
+them that is kept, and the overlap (Jaccard) of the best fifth with that of the largest proxy.
 
     python benchmarks/crossing.py CELLS [CELLS ...] --out crossing.svg
 """
@@ -29,11 +29,12 @@ def main() -> None:
     args = parser.parse_args()
     pools = {folder.name.removeprefix("cells-"): points(folder) for folder in args.cells}
     for pool, sizes in pools.items():
-        print(f"\n{pool:8s} {'proxy':>6s}  n  its loss        minus dsir  damaged kept  TFLOP")
+        print(f"\n{pool:8s} {'proxy':>6s}  n  its loss        minus dsir  damaged kept  overlap  TFLOP")
         for size, row in sorted(sizes.items(), key=lambda item: -np.mean(item[1]["proxy"])):
             n, (difference, half) = len(row["proxy"]), row["difference"]
-            proxy, kept, flops = (np.mean(row[k]) for k in ("proxy", "damaged", "flops"))
-            print(f"{'':8s} {size:>6s} {n:2d} {proxy:9.3f}  {difference:+7.3f} ± {half:6.3f} {kept:13.3f} {flops:6.1f}")
+            proxy, kept, overlap, flops = (np.mean(row[k]) for k in ("proxy", "damaged", "overlap", "flops"))
+            columns = f"{size:>6s} {n:2d} {proxy:9.3f}  {difference:+7.3f} ± {half:6.3f}"
+            print(f"{'':8s} {columns} {kept:13.3f} {overlap:8.2f} {flops:6.1f}")
     if args.out is not None:
         args.out.write_text(figure(pools), encoding="utf-8")
     print(json.dumps(pools))
@@ -42,7 +43,8 @@ def main() -> None:
 def points(folder: Path) -> dict[str, dict[str, Any]]:
     """Of every size: losses of the proxy, differences from DSIR, shares damaged, by seed, and the paired difference."""
     found: dict[str, dict[str, Any]] = {}
-    for variant in sorted(folder.glob(f"*/{METHOD}*")):
+    best: dict[int, set[int]] = {}  # of the largest proxy
+    for variant in sorted(folder.glob(f"*/{METHOD}*"), key=lambda v: -size_of(v.name)):
         heldout = {"math": "math", "lambada": "lambada"}[variant.parent.name]
         own, base = cells(variant), cells(variant.parent / "dsir")
         seeds = sorted(set(own) & set(base))
@@ -54,6 +56,7 @@ def points(folder: Path) -> dict[str, dict[str, Any]]:
             "by_seed": [loss[0][s] - loss[1][s] for s in seeds],
             "difference": paired(*loss),
             "damaged": [damaged(own[s]["sources"]) for s in seeds],
+            "overlap": [jaccard(best.setdefault(s, mine), mine) for s in seeds for mine in [best_fifth(variant, s)]],
             "flops": [own[s]["flops"] / 1e12 for s in seeds],
         }
     return found
@@ -61,6 +64,20 @@ def points(folder: Path) -> dict[str, dict[str, Any]]:
 
 def cells(folder: Path) -> dict[int, dict[str, Any]]:
     return {int(f.stem[5:]): json.loads(f.read_text(encoding="utf-8")) for f in folder.glob("seed-*.json")}
+
+
+def size_of(name: str) -> float:
+    """Parameters, of a name that ends like 300k or 3m."""
+    return float(name.removeprefix(METHOD)[:-1]) * {"k": 1e3, "m": 1e6}[name[-1]]
+
+
+def best_fifth(variant: Path, seed: int) -> set[int]:
+    scores = np.load(variant / f"seed-{seed}.npy")
+    return set(np.argsort(-scores, kind="stable")[: len(scores) // 5].tolist())
+
+
+def jaccard(a: set[int], b: set[int]) -> float:
+    return len(a & b) / len(a | b)
 
 
 def damaged(sources: dict[str, int]) -> float:

@@ -47,7 +47,7 @@ PATIENCE = 2  # passes without a better prediction of the held-out labels, then 
 class AmortisedConfig(MethodConfig):
     """Whose scores are learned, and by what."""
 
-    of: str = Field("influence", description="the method whose scores are labels")
+    of: str = Field("excess", description="the method whose scores are labels")
     settings: dict[str, Any] = Field({}, description="of that method")
     labels: int = Field(4096, ge=LEAST_LABELS, description="candidates that are scored by it")
     layers: PositiveInt | None = Field(None, description="first blocks of the proxy that it has; None: all")
