@@ -59,8 +59,8 @@ class Examples:
     def hit_N(self) -> np.ndarray | None:
         """Which examples are right, of a share of right ones; None for other metrics."""
         x_N, w_N = self._pair_N2.T
-        shares = self.aggregation == "mean" and bool(np.isin(x_N, (0, 1)).all() and (w_N == 1).all())
-        return x_N == 1 if shares else None
+        share = self.aggregation == "mean" and len(x_N) > 0 and bool(np.isin(x_N, (0, 1)).all() and (w_N == 1).all())
+        return x_N == 1 if share else None
 
     @property
     def _pair_N2(self) -> np.ndarray:
