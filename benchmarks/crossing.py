@@ -43,8 +43,9 @@ def main() -> None:
 def points(folder: Path) -> dict[str, dict[str, Any]]:
     """Of every size: losses of the proxy, differences from DSIR, shares damaged, by seed, and the paired difference."""
     found: dict[str, dict[str, Any]] = {}
-    best: dict[int, set[int]] = {}  # of the largest proxy
-    for variant in sorted(folder.glob(f"*/{METHOD}*"), key=lambda v: -size_of(v.name)):
+    variants = sorted(folder.glob(f"*/{METHOD}*"), key=lambda v: -size_of(v.name))
+    best = {s: best_fifth(variants[0], s) for s in cells(variants[0])} if variants else {}  # of the largest proxy
+    for variant in variants:
         heldout = {"math": "math", "lambada": "lambada"}[variant.parent.name]
         own, base = cells(variant), cells(variant.parent / "dsir")
         seeds = sorted(set(own) & set(base))
@@ -56,7 +57,7 @@ def points(folder: Path) -> dict[str, dict[str, Any]]:
             "by_seed": [loss[0][s] - loss[1][s] for s in seeds],
             "difference": paired(*loss),
             "damaged": [damaged(own[s]["sources"]) for s in seeds],
-            "overlap": [jaccard(best.setdefault(s, mine), mine) for s in seeds for mine in [best_fifth(variant, s)]],
+            "overlap": [jaccard(best[s], best_fifth(variant, s)) for s in seeds if s in best],
             "flops": [own[s]["flops"] / 1e12 for s in seeds],
         }
     return found
