@@ -245,6 +245,8 @@ def test_mcnemar_counts_what_one_model_alone_has_right():
     assert (found["low"], found["high"]) == pytest.approx((6 / 17 - half, 6 / 17 + half))
     same = paired_difference(Examples("mean", np.mean(after), after), Examples("mean", np.mean(after), after))
     assert (same["difference"], same["p"]) == (0.0, 1.0)
+    brier = Examples("brier_score", 0.3, [(0, [0.5, 0.5]), (1, [0.2, 0.5, 0.3])])  # its samples are no numbers
+    assert paired_difference(brier, brier) == {"difference": 0.0, "low": None, "high": None, "p": None}
 
 
 def test_the_command_compares_models_on_the_same_examples(folder, examples, tmp_path, said):

@@ -58,9 +58,10 @@ class Examples:
     @property
     def hit_N(self) -> np.ndarray | None:
         """Which examples are right, of a share of right ones; None for other metrics."""
+        if self.aggregation != "mean" or not self.samples:  # others' samples may be anything
+            return None
         x_N, w_N = self._pair_N2.T
-        share = self.aggregation == "mean" and len(x_N) > 0 and bool(np.isin(x_N, (0, 1)).all() and (w_N == 1).all())
-        return x_N == 1 if share else None
+        return x_N == 1 if np.isin(x_N, (0, 1)).all() and (w_N == 1).all() else None
 
     @property
     def _pair_N2(self) -> np.ndarray:
