@@ -29,7 +29,7 @@ def in_turn(candidates: list[str], examples: list[str], wanted: int, seed: int) 
     near_N, near_U = features(candidates, examples)
     order = np.random.default_rng(seed).permutation(len(examples))
     nearest = [first_of((near_U[u] @ near_N.T).toarray()[0]) for u in order]
-    taken: dict[int, None] = {}
+    taken = set[int]()
     places = np.zeros(len(nearest), dtype=int)
     while len(taken) < wanted:
         before = len(taken)
@@ -37,7 +37,7 @@ def in_turn(candidates: list[str], examples: list[str], wanted: int, seed: int) 
             while places[k] < len(list_L) and int(list_L[places[k]]) in taken:
                 places[k] += 1
             if places[k] < len(list_L) and len(taken) < wanted:
-                taken[int(list_L[places[k]])] = None
+                taken.add(int(list_L[places[k]]))
         if len(taken) == before:
             raise ValueError(f"the nearest {LOOK} pieces of {len(examples)} examples are {before}, not {wanted}")
     return np.array(sorted(taken))

@@ -169,14 +169,11 @@ def chosen_set(
     assert ratio is not None
     wanted = round(ratio * len(rows))
     if settings.get("in_turn"):
-        examples = [t for name, _, store in run.upper_sets() if name in upper for t in whole_texts(store)]
+        stores = [store for name, _, store in run.upper_sets() if name in upper]
+        examples = [text for store in stores for text in store.texts(np.arange(len(store)))]
         return rows[in_turn(texts, examples, wanted, seed)]
     scores = combined([folder.format(target=target) for folder in settings["scores"]], seed)
     return rows[without_redundancy(texts, scores, wanted, settings["redundancy"])]
-
-
-def whole_texts(store: TokenStore) -> list[str]:
-    return list(store.texts(np.arange(len(store))))
 
 
 def kept_by(run: RunContext, rows: np.ndarray, score: Any, rule: SelectionConfig, in_order: bool = False) -> np.ndarray:

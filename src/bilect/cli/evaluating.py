@@ -24,13 +24,12 @@ def show_tasks(
     from bilect.runtime.device import pick_device
     from bilect.runtime.files import write_json
     from bilect.training.task_examples import TaskExamples, paired_difference
-    from bilect.training.tasks import find_tasks, task_examples
+    from bilect.training.tasks import task_examples
 
     if len(set(models)) < len(models):
         raise BilectError("tasks: a model is given twice; give each once")
     if out is not None and not out.absolute().parent.is_dir():
         raise BilectError(f"--out {out}: no directory {out.parent}; create it")
-    find_tasks(names, limit)  # fails before a model is loaded
     where, found, costs = pick_device(device), dict[str, dict[str, TaskExamples]](), dict[str, Any]()
     console = PlainConsole(soft_wrap=False)
     for model in models:

@@ -53,7 +53,8 @@ class Examples:
     @property
     def stderr(self) -> float | None:
         """Standard error of the value."""
-        return None if self.effect_N is None else _norm(self.effect_N)
+        effect_N = self.effect_N
+        return None if effect_N is None else _norm(effect_N)
 
     @property
     def hit_N(self) -> np.ndarray | None:
@@ -103,11 +104,13 @@ def paired_difference(before: Examples, after: Examples) -> dict[str, float | No
         raise BilectError(f"tasks: {len(before.samples)} and {len(after.samples)} examples cannot be paired")
     difference = after.value - before.value
     found: dict[str, float | None] = {"difference": difference, "low": None, "high": None, "p": None}
-    if before.effect_N is not None and after.effect_N is not None:
-        half = float(t.ppf((1 + LEVEL) / 2, len(before.samples) - 1)) * _norm(after.effect_N - before.effect_N)
+    effects = before.effect_N, after.effect_N
+    if effects[0] is not None and effects[1] is not None:
+        half = float(t.ppf((1 + LEVEL) / 2, len(before.samples) - 1)) * _norm(effects[1] - effects[0])
         found |= {"low": difference - half, "high": difference + half}
-    if before.hit_N is not None and after.hit_N is not None:
-        gained, lost = int((after.hit_N & ~before.hit_N).sum()), int((before.hit_N & ~after.hit_N).sum())
+    hits = before.hit_N, after.hit_N
+    if hits[0] is not None and hits[1] is not None:
+        gained, lost = int((hits[1] & ~hits[0]).sum()), int((hits[0] & ~hits[1]).sum())
         found["p"] = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
     return found
 
