@@ -104,7 +104,7 @@ def figure(pools: dict[str, dict[str, dict[str, Any]]]) -> str:
         axes.set_title("What a proxy of each size gains over n-grams")
         axes.legend()
         drawn = to_svg(figure, "crossing", "Loss minus DSIR's against the loss of the proxy, by pool and proxy size")
-    return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return drawn.file
 
 
 if __name__ == "__main__":

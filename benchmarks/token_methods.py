@@ -304,7 +304,7 @@ def draw(folder: Path, runs: list[dict[str, Any]]) -> None:
     for name in ("delta", "distance", "choice"):
         figure = getattr(tokens, f"{name}_figure")(shown)
         if figure:
-            (folder / f"{name}.svg").write_text(figure.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+            (folder / f"{name}.svg").write_text(figure.file)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from transformers.utils import logging
 
 from bilect.compare import compare, grid
 from bilect.compare.cells import cells, share
@@ -184,3 +187,16 @@ def test_wrong_settings_are_one_line_before_anything_starts(corpus, tmp_path, ch
     with pytest.raises(BilectError) as error:
         compare(parse_config(settings(corpus, **changes)), tmp_path / "out")
     assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("allowed", "own"), [(1, 1), (8, 4)])
+def test_a_worker_takes_its_share_of_the_cores_and_no_more_threads_than_it_is_allowed(monkeypatch, allowed, own):
+    numbers, taken = queue.Queue(), []
+    numbers.put(0)
+    for name, value in {"end_with_parent": lambda: None, "cores": lambda: 8, "_messages": None}.items():
+        monkeypatch.setattr(grid, name, value)
+    monkeypatch.setattr(logging, "disable_progress_bar", lambda: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: allowed)  # as OMP_NUM_THREADS says
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    grid._start(queue.Queue(), numbers, 2, [])
+    assert taken == [own]

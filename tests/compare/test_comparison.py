@@ -53,6 +53,42 @@ def compared(monkeypatch, seeds, loss_on="math"):
     return compare_runs(cells, {})
 
 
+def across(monkeypatch, variants, heldout=None):
+    """Comparison of several variants, each given by its runs; ``heldout`` says what a variant is measured on."""
+    scale = heldout or {}
+    monkeypatch.setattr(module, "setting", lambda cell: {"texts": {"heldout": scale.get(cell.variant)}})
+    monkeypatch.setattr(module, "collect", lambda cell: variants[cell.variant][cell.config.seed])
+    known = {"compare": SimpleNamespace(loss_on="math"), "selection": SimpleNamespace(keep_ratio=0.2), "device": "cpu"}
+    configs = [SimpleNamespace(seed=s, **known) for s in SEEDS]
+    return compare_runs([SimpleNamespace(variant=v, config=c) for v in variants for c in configs], {})
+
+
+def test_what_a_variant_changes_is_paired_with_the_base(monkeypatch):
+    # bliss moves by 0.2, 0.3 and 0.1; random by the same in all seeds; full not at all
+    other = runs(bliss=(4.2, 4.4, 4.4), random=(5.5, 5.7, 5.6))
+    found = across(
+        monkeypatch, {"base": runs(), "no-kl": other, "elsewhere": other}, {"elsewhere": "another tokenizer"}
+    )
+    arms = found["variants"]["no-kl"]["arms"]
+    assert arms["bliss"]["minus_base"]["values"] == pytest.approx([0.2, 0.3, 0.1])
+    assert arms["bliss"]["minus_base"]["high"] == pytest.approx(0.2 + 4.302653 * 0.1 / 3**0.5)
+    assert arms["random"]["minus_base"]["values"] == pytest.approx([0.5] * 3)
+    assert arms["full"]["minus_base"]["values"] == [0.0] * 3
+    for name in ("base", "elsewhere"):
+        assert all(f["minus_base"]["n"] == 0 for f in found["variants"][name]["arms"].values())
+    rows = list(csv.DictReader(csv_text(found).splitlines()))
+    by_variant = {r["variant"]: r["minus_base"] for r in rows if (r["arm"], r["seed"]) == ("bliss", "1")}
+    assert by_variant["base"] == by_variant["elsewhere"] == "" and float(by_variant["no-kl"]) == pytest.approx(0.3)
+    page = render(found)
+    table = page[page.index("What a variant changes for bliss") :]
+    assert '<th scope="row">no-kl</th>' in table and "+0.200 ± 0.248" in table
+    assert "elsewhere" not in table[: table.index("</table>")] and "changes for full" not in page
+
+
+def test_a_comparison_without_variants_has_nothing_across_them(base):
+    assert "What a variant changes" not in render(base)
+
+
 @pytest.fixture
 def base(monkeypatch):
     return compared(monkeypatch, runs())

@@ -25,7 +25,7 @@ from bilect.runtime.locks import locked
 from bilect.runtime.progress import SilentProgress
 from bilect.training.tasks import find_tasks
 
-__all__ = ["BASE", "Cell", "cells", "check", "share"]
+__all__ = ["BASE", "CONTROLS", "Cell", "cells", "check", "share"]
 
 BASE = "base"
 SHARED, PUBLISHED = ("tokenizer", "tokens", "warmup"), ("proxy", "score_model", "target")

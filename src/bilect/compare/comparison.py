@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from bilect.compare.cells import Cell
+from bilect.compare.cells import BASE, Cell
 from bilect.compare.collect import Arm, collect
 from bilect.compare.provenance import machine, nameless, program, setting
 from bilect.compare.statistics import estimate, speedup
@@ -16,7 +16,7 @@ __all__ = ["compare_runs", "csv_text"]
 
 Seeds = list[dict[str, Arm]]  # the arms of each seed
 COLUMNS = (
-    *("variant", "arm", "seed", "loss", "minus_random", "minus_full", "tokens"),
+    *("variant", "arm", "seed", "loss", "minus_random", "minus_full", "minus_base", "tokens"),
     *("choosing_seconds", "choosing_flops", "training_seconds", "training_flops", "peak_gb"),
     *("speedup_tokens", "speedup_flops", "speedup_flops_with_choosing"),
 )
@@ -26,10 +26,11 @@ def compare_runs(cells: Sequence[Cell], settings: Mapping[str, Mapping[str, Any]
     """The content of ``comparison.json``.
 
     By variant and arm: ``loss`` (held-out, of the decayed model, on the set that decides), its paired differences from
-    ``random`` and ``full``, and every held-out set, each as ``statistics.estimate``; ``speedup``, how many times fewer
-    tokens or FLOPs than random it takes to come down to random's final loss on the learning curves; costs; shares
-    by source; learning curves; ``overlap``, the Jaccard index of what any two arms kept. Beside them stands what they
-    were made of and on (``provenance``), so that the file can be shown to others as it is (``published``).
+    ``random`` and ``full``, and every held-out set, each as ``statistics.estimate``; ``minus_base``, the same arm's in
+    the base, where both losses are of the same tokens; ``speedup``, how many times fewer tokens or FLOPs than random it
+    takes to come down to random's final loss on the learning curves; costs; shares by source; learning curves;
+    ``overlap``, the Jaccard index of what any two arms kept. Beside them stands what they were made of and on
+    (``provenance``), so that the file can be shown to others as it is (``published``).
 
     Args:
         cells: all runs, finished.
@@ -40,6 +41,8 @@ def compare_runs(cells: Sequence[Cell], settings: Mapping[str, Mapping[str, Any]
         own = [cell for cell in cells if cell.variant == name]
         given = {"settings": nameless(settings.get(name, {})), **setting(own[0])}
         variants[name] = {**given, **_variant(own, [collect(c) for c in own])}
+    for variant in variants.values():
+        _against_base(variant, variants[BASE])
     gpus = any(cell.config.device != "cpu" for cell in cells)
     seeds = list(dict.fromkeys(c.config.seed for c in cells))
     return {"schema": 2, "bilect": program(), "machine": machine(gpus), "seeds": seeds, "variants": variants}
@@ -58,7 +61,7 @@ def csv_text(comparison: Mapping[str, Any]) -> str:
 
 
 def _row(figures: Mapping[str, Any], i: int) -> dict[str, Any]:
-    row = {key: figures[key]["values"][i] for key in ("loss", "minus_random", "minus_full")}
+    row = {key: figures[key]["values"][i] for key in ("loss", "minus_random", "minus_full", "minus_base")}
     row["tokens"] = figures["tokens"]
     for part in ("choosing", "training"):
         row |= {f"{part}_{key}": figures["cost"][part][key]["values"][i] for key in ("seconds", "flops")}
@@ -74,6 +77,16 @@ def _variant(cells: Sequence[Cell], seeds: Seeds) -> dict[str, Any]:
         figures["minus_best"] = _paired(seeds, arm, best, loss_on)
     variant = {"loss_on": loss_on, "best": best, "keep_ratio": cells[0].config.selection.keep_ratio, "arms": arms}
     return {**variant, "overlap": _overlap(seeds), "verdict": verdict(variant)}
+
+
+def _against_base(variant: dict[str, Any], base: Mapping[str, Any]) -> None:
+    """Paired differences from the base; none where the losses are of another set, text or tokenizer."""
+    scale, its_scale = ((v["loss_on"], v.get("texts", {}).get("heldout")) for v in (variant, base))
+    for arm, figures in variant["arms"].items():
+        own, other = figures["loss"]["values"], base["arms"].get(arm)
+        found = other is not None and variant is not base and scale == its_scale
+        its = other["loss"]["values"] if found else [None] * len(own)
+        figures["minus_base"] = estimate([None if b is None else a - b for a, b in zip(own, its, strict=True)])
 
 
 def headline(sets: Mapping[str, Any], loss_on: str | None) -> float:

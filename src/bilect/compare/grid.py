@@ -84,7 +84,7 @@ def _start(messages: "Queue[str]", numbers: "Queue[int]", workers: int, gpus: li
 
     if len(gpus) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-    torch.set_num_threads(max(cores() // workers, 1))
+    torch.set_num_threads(min(torch.get_num_threads(), max(cores() // workers, 1)))  # OMP_NUM_THREADS may say fewer
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bilect.compare import figures
+from bilect.compare.cells import BASE, CONTROLS
 from bilect.compare.verdict import cost_ratio
 from bilect.report import wording
 from bilect.report.page import render_template
@@ -20,7 +21,7 @@ def render(comparison: Mapping[str, Any]) -> str:
         filters,
         seeds=comparison["seeds"],
         variants=[_variant(n, name, v) for n, (name, v) in enumerate(comparison["variants"].items())],
-        against=_against_base(comparison),
+        across=_across(comparison),
     )
 
 
@@ -55,19 +56,17 @@ def _variant(n: int, name: str, variant: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _against_base(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each arm that variants change, its difference from the random of its own variant."""
-    named = comparison["variants"]
-    loss_on = next(iter(named.values()))["loss_on"]
-    variants = {name: v for name, v in named.items() if v["loss_on"] == loss_on}  # others are on another scale
-    arms = dict.fromkeys(arm for v in variants.values() for arm in v["arms"] if arm not in ("warm", "random", "full"))
+def _across(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each arm that variants change: its differences from the random of its own variant, and from the base."""
+    variants = comparison["variants"]
     shown = []
-    for n, arm in enumerate(arms):
-        rows = {name: v["arms"][arm]["minus_random"] for name, v in variants.items() if arm in v["arms"]}
-        first = next(iter(rows.values()))["values"]
-        differing = {name: r for i, (name, r) in enumerate(rows.items()) if i == 0 or r["values"] != first}
-        if len(differing) > 1:
-            shown.append({"arm": arm, "figure": figures.variants_figure(f"variants{n}", differing)})
+    for n, (arm, own) in enumerate(variants[BASE]["arms"].items()):
+        named = {name: v["arms"][arm] for name, v in variants.items() if arm in v["arms"]}
+        changed = {name: f for name, f in named.items() if any(f["minus_base"]["values"])}  # neither None nor 0
+        if arm not in ("warm", *CONTROLS) and changed:
+            gains = {name: f["minus_random"] for name, f in {BASE: own, **changed}.items()}
+            rows = sorted(changed.items(), key=lambda row: row[1]["minus_base"]["mean"])
+            shown.append({"arm": arm, "figure": figures.variants_figure(f"variants{n}", gains), "rows": rows})
     return shown
 
 

@@ -40,6 +40,11 @@ class Svg(str):
     name: str
     figure: Figure
 
+    @property
+    def file(self) -> str:
+        """The same as a file of its own, which has to name its namespace."""
+        return self.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+
 
 SCREEN = COLOURS["paper"]  # ground of a picture that stands by itself
 WIDTH = 7.6  # inches: 547 points, shown a little larger on a wide screen

@@ -1,0 +1,110 @@
+"""One round against several at equal tokens: losses, speed-ups and learning curves of finished runs.
+
+RUN directories are named NAME-SEED. All of one seed start from the same warm models: make these once, copy the
+directory for each name, and run each config on its copy. Controls are read from the runs that have them, and go by
+their own names; the ``random`` of the same seed is what losses are compared with, ``--against`` another arm besides.
+
+    bilect warmup one.yaml --out runs/warm-0 --set seed=0
+    cp -r runs/warm-0 runs/four-0 && bilect run four.yaml --out runs/four-0 --set seed=0 --yes
+    python benchmarks/rounds.py runs/one-0 runs/four-0 runs/one-1 runs/four-1 --loss-on math --out rounds.svg
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bilect.compare.cells import Cell
+from bilect.compare.collect import Arm, collect
+from bilect.compare.page import interval
+from bilect.compare.statistics import estimate, speedup
+from bilect.config import load_config
+from bilect.report.lines import Lines, lines_figure
+
+Arms = dict[str, dict[int, Arm]]  # by name and seed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    parser.add_argument("--loss-on", required=True, help="held-out set")
+    parser.add_argument("--against", default="random")
+    parser.add_argument("--out", type=Path, help="figure of the learning curves")
+    args = parser.parse_args()
+    arms = read(args.runs)
+    rows = table(arms, args.loss_on, args.against)
+    others = [s for s in next(iter(arms["warm"].values())).heldout if s != args.loss_on]
+    head = ["arm", "seeds", args.loss_on, "minus random", f"minus {args.against}", "speed-up in tokens", "in FLOPs"]
+    print("|", " | ".join([*head, *others, "TFLOPs"]), "|")
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["loss"]["mean"]):
+        cells = [
+            name,
+            str(row["loss"]["n"]),
+            f"{row['loss']['mean']:.3f}",
+            interval(row["minus_random"]),
+            interval(row["minus"]),
+        ]
+        cells += ["-" if row[key]["mean"] is None else f"{row[key]['mean']:.2f}" for key in ("speedup", "in_flops")]
+        print("|", " | ".join([*cells, *(f"{row['others'][s]:.3f}" for s in others), f"{row['tflops']:.1f}"]), "|")
+    if args.out is not None:
+        args.out.write_text(figure(arms, args.loss_on), encoding="utf-8")
+    print(json.dumps(rows))
+
+
+def read(runs: list[Path]) -> Arms:
+    """The arms of all runs; a run's own method goes by the run's name."""
+    found: Arms = {}
+    for folder in runs:
+        name, _, seed = folder.name.rpartition("-")
+        config = load_config(folder / "config.yaml")
+        for arm, figures in collect(Cell(name, config, folder.resolve(), None)).items():
+            found.setdefault(name if arm == config.method else arm, {}).setdefault(int(seed), figures)
+    return found
+
+
+def table(arms: Arms, loss_on: str, against: str) -> dict[str, Any]:
+    rows = {}
+    for name, own in arms.items():
+        seeds = sorted(own)
+        loss = {s: own[s].heldout[loss_on]["loss"] for s in seeds}
+        rows[name] = {
+            "loss": estimate(list(loss.values())),
+            **{
+                key: estimate([None if name == other else loss[s] - arms[other][s].heldout[loss_on]["loss"]
+                               for s in seeds if s in arms[other]])
+                for key, other in (("minus_random", "random"), ("minus", against))
+            },
+            "speedup": estimate([faster(own[s], arms["random"][s], loss_on, False) for s in seeds if name != "warm"]),
+            "in_flops": estimate([faster(own[s], arms["random"][s], loss_on, True) for s in seeds if name != "warm"]),
+            "others": {k: fmean(own[s].heldout[k]["loss"] for s in seeds) for k in own[seeds[0]].heldout},
+            "tflops": fmean(own[s].choosing.get("flops", 0) + own[s].training.get("flops", 0) for s in seeds) / 1e12,
+        }  # fmt: skip
+    return rows
+
+
+def faster(arm: Arm, control: Arm, loss_on: str, in_flops: bool) -> float | None:
+    """How many times fewer tokens, or FLOPs with those of choosing, than random to random's final loss."""
+    curves = []
+    for a in (arm, control):
+        rate = a.training["flops"] / a.tokens if in_flops else 1.0
+        curves.append([(p.choosing * in_flops + rate * p.tokens, p.loss[loss_on]) for p in a.curve])
+    return speedup(*curves)
+
+
+def figure(arms: Arms, loss_on: str) -> str:
+    series = {}
+    for name, own in arms.items():
+        points = list(zip(*(a.curve for a in own.values()), strict=True))
+        if points:
+            series[name] = [(at[0].tokens / 1e6, fmean(p.loss[loss_on] for p in at)) for at in points]
+    inks = {name: name for name in ("random", "full") if name in series}
+    lines = Lines("Held-out loss while training", "million tokens", f"loss on {loss_on}", series, log_x=False,
+                  zero=False, inks=inks)  # fmt: skip
+    return lines_figure(
+        "rounds", [lines], "Held-out loss of the undecayed models while they train, mean over seeds."
+    ).file
+
+
+if __name__ == "__main__":
+    main()
