@@ -13,7 +13,7 @@ class TrainConfig(Settings):
     """Plain training of a language model."""
 
     steps: Annotated[int, Field(ge=0)] = Field(
-        10_000, description="optimiser steps per round (paper: 10k); 0 leaves the model as it is"
+        10_000, description="optimiser steps per round (paper: 10k); 0, in the warm-up alone, takes the model as it is"
     )
     batch_size: Positive = Field(
         16, description="sequences of data.context tokens per step, over all ranks and micro-batches"

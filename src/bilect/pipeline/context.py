@@ -160,7 +160,7 @@ class RunContext:
         The settings say so, not the disk: a copy may be left from other settings.
         """
         training = self.config.warmup.target if folder == WARM_TARGET else self.config.training
-        return f"{folder}-decayed" if training.decay_steps else folder
+        return f"{folder}-decayed" if training.steps and training.decay_steps else folder
 
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """A model with its tokenizer, on the main rank; called on all, which may each have a part of it."""

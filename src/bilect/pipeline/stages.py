@@ -137,7 +137,7 @@ def _carry_out(
     done = states(plan, directory.manifest)
     chosen = plan if command == "run" else wanted(plan, done, command, number, arms)
     left = {s.name for s in chosen if not done[s.name]}
-    _check_batches(config, left)
+    _check_trainings(config, left)
     _check_models(context, left)
     check_repeats(out, directory.manifest, chosen, inputs, repeat=repeat)
     directory.manifest["inputs"] = inputs
@@ -159,12 +159,14 @@ def _carry_out(
     return summary
 
 
-def _check_batches(config: Config, left: Set[str]) -> None:
-    """Whether the steps of all trainings divide into the ranks there are: before the first of them, not at the last."""
+def _check_trainings(config: Config, left: Set[str]) -> None:
+    """Whether all trainings have steps, which divide into the ranks there are: before the first, not at the last."""
     trainings = {"warmup.proxy": (config.warmup.proxy, "warm up proxy" in left),
                  "warmup.target": (config.warmup.target, "warm up target" in left),
                  "training": (config.training, any(": train " in name for name in left))}  # fmt: skip
     for name, (training, wanted) in trainings.items():
+        if name == "training" and wanted and not training.steps:
+            raise BilectError("training.steps: 0 steps train nothing; to choose only: bilect choose, bilect select")
         if wanted and training.steps:
             per_rank_batch(training.batch_size, training.gradient_accumulation, f"{name}.batch_size")
 
