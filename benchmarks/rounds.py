@@ -10,7 +10,6 @@ their own names; the ``random`` of the same seed is what losses are compared wit
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,7 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--loss-on", required=True, help="held-out set")
-    parser.add_argument("--against", default="random")
+    parser.add_argument(
+        "--against", required=True, help="run or control that the losses are compared with, beside random"
+    )
     parser.add_argument("--out", type=Path, help="figure of the learning curves")
     args = parser.parse_args()
     arms = read(args.runs)
@@ -49,7 +50,6 @@ def main() -> None:
         print("|", " | ".join([*cells, *(f"{row['others'][s]:.3f}" for s in others), f"{row['tflops']:.1f}"]), "|")
     if args.out is not None:
         args.out.write_text(figure(arms, args.loss_on), encoding="utf-8")
-    print(json.dumps(rows))
 
 
 def read(runs: list[Path]) -> Arms:

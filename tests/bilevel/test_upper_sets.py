@@ -107,6 +107,12 @@ def test_a_single_set_draws_as_it_always_did(stores):
         assert a.set_B is None and torch.equal(a.input_ids_BT, b.input_ids_BT)
 
 
+def test_no_more_batches_than_it_takes_to_draw_everything(stores):
+    one, both = (SetStream(stores[:n], [3.0, 1.0][:n], 8, 0, seed=0, device=torch.device("cpu")) for n in (1, 2))
+    assert [one.batches_of(n) for n in (1, 8, 9, 512)] == [1, 1, 2, 3]  # 20 documents, 8 a batch
+    assert [both.batches_of(n) for n in (16, 512)] == [2, 4]  # 20 and 2 documents, 6 and 2 a batch
+
+
 @pytest.mark.parametrize("more", [{}, {"hypergradient": "penalty", "sync_every": 2, "reference_steps": 2}])
 def test_the_fit_reports_each_set(stores, more):
     model = tiny_lm(vocab=320, context=64, dtype=torch.float32)

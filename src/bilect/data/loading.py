@@ -141,6 +141,11 @@ class SetStream(Iterator[Batch]):
         sizes = [stream.batch_size for stream in self._streams]
         return float(np.average([stream.store.length_R.mean() for stream in self._streams], weights=sizes))
 
+    def batches_of(self, documents: int) -> int:
+        """As many as hold so many documents, or at most as many as it takes to have drawn all of each set."""
+        every = max(-(-len(stream.rows) // stream.batch_size) for stream in self._streams)
+        return min(-(-documents // sum(stream.batch_size for stream in self._streams)), every)
+
     def state_dict(self) -> dict[str, Any]:
         """The position, the same on every rank."""
         return {str(number): stream.state_dict() for number, stream in enumerate(self._streams)}

@@ -44,7 +44,7 @@ class InfluenceConfig(MethodConfig):
     steps: PositiveInt = Field(25, description="AdamW steps of the proxy before each checkpoint")
     learning_rate: PositiveFloat = Field(5e-4, description="of these steps")
     batch_size: PositiveInt = Field(16, description="documents of a step, over all ranks")
-    upper_documents: PositiveInt = Field(512, description="whose mean gradient is that of f")
+    upper_documents: PositiveInt = Field(512, description="whose mean gradient is that of f; of fewer all")
     learned: LearnedPart = Field("response", description="of the upper examples: whole texts, or the responses alone")
     solver: Literal["adam", "identity"] = Field("adam", description="what is made of the gradient of f")
     directional: Literal["jvp", "finite_difference", "ghost"] = Field(
@@ -111,14 +111,14 @@ class Influence(DocumentMethod[InfluenceConfig]):
         self.pairs = found.pairs
         length, documents = float(inputs.pool.length_R[inputs.rows].mean()), config.steps * config.batch_size
         flops = 3 * config.checkpoints * forward_flops(model, documents * length, length)
-        of_upper = config.upper_documents * upper.mean_length
+        of_upper = upper.batches_of(config.upper_documents) * config.batch_size * upper.mean_length
         flops += 3 * config.checkpoints * forward_flops(model, of_upper, upper.mean_length)
         return {"flops": flops, **figures}
 
     def _direction(self, steps: Steps, upper: SetStream) -> tuple[Tree, float]:
         """z at the parameters as they are, and f there."""
         config, inputs = self.config, self.inputs
-        batches, theta = -(-config.upper_documents // config.batch_size), steps.frozen()
+        batches, theta = upper.batches_of(config.upper_documents), steps.frozen()
         total, loss = upper_gradient(steps.lm, theta, upper, batches, inputs, config.learned, inputs.bf16)
         if config.solver == "identity":
             return total, float(loss)

@@ -89,6 +89,6 @@ class Metagradient(DocumentMethod[MetagradientConfig]):
         return document_losses(self._lm, batch), torch.full((len(rows),), 1 / len(rows), device=self._lm.device)
 
     def _upper(self, theta: Tree) -> Tree:
-        number = -(-self.config.upper_documents // UPPER_BATCH)
         batches = upper_batches(self.inputs, UPPER_BATCH, "metagradient upper")
+        number = batches.batches_of(self.config.upper_documents)
         return upper_gradient(self._lm, theta, batches, number, self.inputs, "response")[0]
