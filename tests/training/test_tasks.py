@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 from scipy.stats import t
@@ -168,9 +169,22 @@ def test_lambada_is_what_the_evaluation_of_held_out_sets_says(folder, examples, 
     assert found["answer_bits_per_byte"]["value"] == pytest.approx(bits / n_bytes, rel=1e-4)
 
 
+def test_a_worked_solution_in_bits_per_byte(folder, examples, log_likelihood):
+    results, _ = tasks.run_tasks(folder, [str(examples / "gsm8k.yaml")])
+    pairs = [log_likelihood(f"Question: {r['question']}\nAnswer:", f" {r['answer']}") for r in GSM8K]
+    bits, n_bytes = (-sum(ll for ll, _ in pairs) / math.log(2), sum(len(r["answer"].encode()) for r in GSM8K))
+    assert results["gsm8k_local"]["answer_bits_per_byte"]["value"] == pytest.approx(bits / n_bytes, rel=1e-4)
+    assert results["gsm8k_local"]["acc"]["value"] == 0
+
+
 def test_bits_per_byte_count_each_byte_once(folder, examples, log_likelihood):
+    rolling = yaml.safe_load((examples / "gsm8k.yaml").read_text())
+    rolling |= {"output_type": "loglikelihood_rolling", "doc_to_text": "", "metric_list": [
+        {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+    ], "doc_to_target": "Question: {{question}}\nAnswer: {{answer}}"}  # fmt: skip
+    (examples / "rolling.yaml").write_text(yaml.safe_dump(rolling))
     texts = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in GSM8K]
-    results, _ = tasks.run_tasks(folder, [str(examples / "gsm8k.yaml")], limit=3)
+    results, _ = tasks.run_tasks(folder, [str(examples / "rolling.yaml")], limit=3)
     bits = [-log_likelihood("", text)[0] / math.log(2) for text in texts[:3]]
     n_bytes = [len(text.encode()) for text in texts[:3]]
     found = results["gsm8k_local"]

@@ -80,7 +80,7 @@ def task_examples(
                 found = evaluate(lm, {"tasks": {name: task}, "groups": {}}, limit=limit, bootstrap_iters=0)
             except OverflowError as error:
                 raise BilectError(f"tasks: {name}: {reason(error)}: lm-eval's perplexity is of whole answers; for long "
-                                  "ones use bits_per_byte, as examples/tasks/gsm8k.yaml does") from error  # fmt: skip
+                                  "ones leave it out: answer_bits_per_byte is there anyway") from error  # fmt: skip
             results[name] = _examples(name, task, found)
             cost = {key: cost[key] + getattr(lm, key) for key in cost}
     return results, cost
