@@ -202,7 +202,7 @@ def nearest(rows: np.ndarray, own: dict[str, Any], seed: int) -> np.ndarray:
 
 def trained(run: RunContext, rows: np.ndarray, upper: list[str], variant: dict[str, Any]) -> Any:
     """The warm target trained on rows as an arm of a run, decay branch included."""
-    before, seed = run.root / "warmup" / "target", derive_seed(run.config.seed, "train", 1)
+    before, seed = run.training_of("warmup/target"), derive_seed(run.config.seed, "train", 1)
     config = run.config.training.model_copy(update={"steps": variant.get("steps", run.config.training.steps)})
     model, pool = run.load("warmup/target"), run.pool()
     common: dict[str, Any] = {"context": run.config.data.context, "device": run.device, "checkpoint_every": 10**6}

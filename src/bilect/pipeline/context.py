@@ -162,6 +162,10 @@ class RunContext:
         training = self.config.warmup.target if folder == WARM_TARGET else self.config.training
         return f"{folder}-decayed" if training.steps and training.decay_steps else folder
 
+    def training_of(self, folder: str) -> Path | None:
+        """The folder of a target whose training can go on; None of one that is taken as it is, without a warm-up."""
+        return None if folder == WARM_TARGET and not self.config.warmup.target.steps else self.root / folder
+
     def save(self, model: PreTrainedModel, folder: Path) -> None:
         """A model with its tokenizer, on the main rank; called on all, which may each have a part of it."""
         save_pretrained(model, folder)

@@ -59,7 +59,6 @@ def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
     """Train an arm's target on its documents of the shard, and a decayed copy for evaluation."""
     pool, rows = run.pool(), documents_of(run, arm, number)
     start = run.target_folder(arm, number - 1)
-    trained = number > 1 or run.config.warmup.target.steps > 0  # else it is taken as it is, and has no optimiser yet
     whole_shard = not methods_of(run.config)[arm].scores_documents
     return _train(
         run,
@@ -72,7 +71,7 @@ def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
         f"round {number}: train on {arm}",
         ("train", number),
         decayed=True,
-        start_from=run.root / start if trained else None,
+        start_from=run.training_of(start),
         weight_R=pool.weight_R if whole_shard else None,
         online=_online(run, arm),
         curve=_curve(run),

@@ -113,7 +113,7 @@ def retrained(study: Study, j: int, repeat: int) -> dict[str, Any]:
         with TemporaryDirectory() as name, run.progress.task("retrain") as task:
             folder = Path(name)
             common |= {"task": task}
-            train(model, run.pool(), rows, folder, settings, seed=seed, start_from=run.root / before, **common)
+            train(model, run.pool(), rows, folder, settings, seed=seed, start_from=run.training_of(before), **common)
             if settings.decay_steps:
                 train(model, run.pool(), rows, folder, settings, seed=seed + 1, start_from=folder, decay=True, **common)
     except NotANumberError as error:  # of two arguments: it would not travel between processes
