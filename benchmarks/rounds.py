@@ -39,13 +39,8 @@ def main() -> None:
     head = ["arm", "seeds", args.loss_on, "minus random", f"minus {args.against}", "speed-up in tokens", "in FLOPs"]
     print("|", " | ".join([*head, *others, "TFLOPs"]), "|")
     for name, row in sorted(rows.items(), key=lambda item: item[1]["loss"]["mean"]):
-        cells = [
-            name,
-            str(row["loss"]["n"]),
-            f"{row['loss']['mean']:.3f}",
-            interval(row["minus_random"]),
-            interval(row["minus"]),
-        ]
+        seeds, loss = str(row["loss"]["n"]), f"{row['loss']['mean']:.3f}"
+        cells = [name, seeds, loss, interval(row["minus_random"]), interval(row["minus"])]
         cells += ["-" if row[key]["mean"] is None else f"{row[key]['mean']:.2f}" for key in ("speedup", "in_flops")]
         print("|", " | ".join([*cells, *(f"{row['others'][s]:.3f}" for s in others), f"{row['tflops']:.1f}"]), "|")
     if args.out is not None:
@@ -66,24 +61,25 @@ def read(runs: list[Path]) -> Arms:
 def table(arms: Arms, loss_on: str, against: str) -> dict[str, Any]:
     rows = {}
     for name, own in arms.items():
-        seeds = sorted(own)
-        loss = {s: own[s].heldout[loss_on]["loss"] for s in seeds}
+        loss = {s: own[s].heldout[loss_on]["loss"] for s in sorted(own)}
+        pairs = [(own[s], arms["random"][s]) for s in loss if s in arms["random"] and name != "warm"]
         rows[name] = {
             "loss": estimate(list(loss.values())),
-            **{
-                key: estimate([None if name == other else loss[s] - arms[other][s].heldout[loss_on]["loss"]
-                               for s in seeds if s in arms[other]])
-                for key, other in (("minus_random", "random"), ("minus", against))
-            },
-            "speedup": estimate([faster(own[s], arms["random"][s], loss_on, False) for s in seeds if name != "warm"]),
-            "in_flops": estimate([faster(own[s], arms["random"][s], loss_on, True) for s in seeds if name != "warm"]),
-            "others": {k: fmean(own[s].heldout[k]["loss"] for s in seeds) for k in own[seeds[0]].heldout},
-            "tflops": fmean(own[s].choosing.get("flops", 0) + own[s].training.get("flops", 0) for s in seeds) / 1e12,
-        }  # fmt: skip
+            "minus_random": minus(loss, arms["random"] if name != "random" else {}, loss_on),
+            "minus": minus(loss, arms[against] if name != against else {}, loss_on),
+            "speedup": estimate([faster(arm, control, loss_on, in_flops=False) for arm, control in pairs]),
+            "in_flops": estimate([faster(arm, control, loss_on, in_flops=True) for arm, control in pairs]),
+            "others": {k: fmean(own[s].heldout[k]["loss"] for s in loss) for k in next(iter(own.values())).heldout},
+            "tflops": fmean(own[s].choosing.get("flops", 0) + own[s].training.get("flops", 0) for s in loss) / 1e12,
+        }
     return rows
 
 
-def faster(arm: Arm, control: Arm, loss_on: str, in_flops: bool) -> float | None:
+def minus(loss: dict[int, float], other: dict[int, Arm], loss_on: str) -> dict[str, Any]:
+    return estimate([loss[s] - other[s].heldout[loss_on]["loss"] for s in loss if s in other])
+
+
+def faster(arm: Arm, control: Arm, loss_on: str, *, in_flops: bool) -> float | None:
     """How many times fewer tokens, or FLOPs with those of choosing, than random to random's final loss."""
     curves = []
     for a in (arm, control):
