@@ -4,9 +4,9 @@ RUN directories are named NAME-SEED. All of one seed start from the same warm mo
 directory for each name, and run each config on its copy. Controls are read from the runs that have them, and go by
 their own names; the ``random`` of the same seed is what losses are compared with, ``--against`` another arm besides.
 
-    bilect warmup one.yaml --out runs/warm-0 --set seed=0
-    cp -r runs/warm-0 runs/four-0 && bilect run four.yaml --out runs/four-0 --set seed=0 --yes
-    python benchmarks/rounds.py runs/one-0 runs/four-0 runs/one-1 runs/four-1 --loss-on math --out rounds.svg
+    bilect warmup benchmarks/rounds.yaml --out runs/warm-0 --set seed=0
+    cp -r runs/warm-0 runs/four-0 && bilect run benchmarks/rounds.yaml --out runs/four-0 --yes --set rounds=4 ...
+    python benchmarks/rounds.py runs/one-0 runs/four-0 runs/one-1 runs/four-1 --loss-on math --against one
 """
 
 import argparse
