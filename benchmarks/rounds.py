@@ -16,6 +16,7 @@ from typing import Any
 
 from bilect.compare.cells import Cell
 from bilect.compare.collect import Arm, collect
+from bilect.compare.comparison import mean_curve, spent_curve
 from bilect.compare.page import interval
 from bilect.compare.statistics import estimate, speedup
 from bilect.config import load_config
@@ -67,8 +68,8 @@ def table(arms: Arms, loss_on: str, against: str) -> dict[str, Any]:
             "loss": estimate(list(loss.values())),
             "minus_random": minus(loss, arms["random"] if name != "random" else {}, loss_on),
             "minus": minus(loss, arms[against] if name != against else {}, loss_on),
-            "speedup": estimate([faster(arm, control, loss_on, in_flops=False) for arm, control in pairs]),
-            "in_flops": estimate([faster(arm, control, loss_on, in_flops=True) for arm, control in pairs]),
+            "speedup": estimate([faster(arm, control, loss_on, "tokens") for arm, control in pairs]),
+            "in_flops": estimate([faster(arm, control, loss_on, "flops_with_choosing") for arm, control in pairs]),
             "others": {k: fmean(own[s].heldout[k]["loss"] for s in loss) for k in next(iter(own.values())).heldout},
             "tflops": fmean(own[s].choosing.get("flops", 0) + own[s].training.get("flops", 0) for s in loss) / 1e12,
         }
@@ -79,21 +80,14 @@ def minus(loss: dict[int, float], other: dict[int, Arm], loss_on: str) -> dict[s
     return estimate([loss[s] - other[s].heldout[loss_on]["loss"] for s in loss if s in other])
 
 
-def faster(arm: Arm, control: Arm, loss_on: str, *, in_flops: bool) -> float | None:
-    """How many times fewer tokens, or FLOPs with those of choosing, than random to random's final loss."""
-    curves = []
-    for a in (arm, control):
-        rate = a.training["flops"] / a.tokens if in_flops else 1.0
-        curves.append([(p.choosing * in_flops + rate * p.tokens, p.loss[loss_on]) for p in a.curve])
-    return speedup(*curves)
+def faster(arm: Arm, control: Arm, loss_on: str, key: str) -> float | None:
+    """How many times less than random an arm spends to come down to random's final loss."""
+    return speedup(*(spent_curve(a, key, loss_on) for a in (arm, control)))
 
 
 def figure(arms: Arms, loss_on: str) -> str:
-    series = {}
-    for name, own in arms.items():
-        points = list(zip(*(a.curve for a in own.values()), strict=True))
-        if points:
-            series[name] = [(at[0].tokens / 1e6, fmean(p.loss[loss_on] for p in at)) for at in points]
+    curves = {name: mean_curve(list(own.values()), loss_on) for name, own in arms.items()}
+    series = {name: [(p["tokens"] / 1e6, p["mean"]) for p in curve] for name, curve in curves.items() if curve}
     inks = {name: name for name in ("random", "full") if name in series}
     lines = Lines("Held-out loss while training", "million tokens", f"loss on {loss_on}", series, log_x=False,
                   zero=False, inks=inks)  # fmt: skip

@@ -40,27 +40,18 @@ def runs(bliss=(4.0, 4.1, 4.3), random=(5.0, 5.2, 5.1), full=(4.9, 5.1, 5.0)):
     ]
 
 
-def compared(monkeypatch, seeds, loss_on="math"):
-    of_runs = {
-        "compare": SimpleNamespace(loss_on=loss_on),
-        "selection": SimpleNamespace(keep_ratio=0.2),
-        "device": "cpu",
-    }
-    settings = SimpleNamespace(**of_runs)
-    monkeypatch.setattr(module, "setting", lambda cell: {})  # of a run: tests/compare/test_published.py
-    cells = [SimpleNamespace(variant="base", config=SimpleNamespace(seed=s, **vars(settings))) for s in SEEDS]
-    monkeypatch.setattr(module, "collect", lambda cell: seeds[cell.config.seed])
-    return compare_runs(cells, {})
-
-
-def across(monkeypatch, variants, heldout=None):
+def across(monkeypatch, variants, heldout=None, loss_on="math"):
     """Comparison of several variants, each given by its runs; ``heldout`` says what a variant is measured on."""
-    scale = heldout or {}
+    scale = heldout or {}  # the rest of a setting, of a run: tests/compare/test_published.py
     monkeypatch.setattr(module, "setting", lambda cell: {"texts": {"heldout": scale.get(cell.variant)}})
     monkeypatch.setattr(module, "collect", lambda cell: variants[cell.variant][cell.config.seed])
-    known = {"compare": SimpleNamespace(loss_on="math"), "selection": SimpleNamespace(keep_ratio=0.2), "device": "cpu"}
+    known = {"compare": SimpleNamespace(loss_on=loss_on), "selection": SimpleNamespace(keep_ratio=0.2), "device": "cpu"}
     configs = [SimpleNamespace(seed=s, **known) for s in SEEDS]
     return compare_runs([SimpleNamespace(variant=v, config=c) for v in variants for c in configs], {})
+
+
+def compared(monkeypatch, seeds, loss_on="math"):
+    return across(monkeypatch, {"base": seeds}, loss_on=loss_on)
 
 
 def test_what_a_variant_changes_is_paired_with_the_base(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bilect.config import TrainConfig, parse_config
+from bilect.config import parse_config
 from bilect.errors import BilectError
 from bilect.models.loading import load_causal_lm
 from bilect.pipeline.context import RunContext
@@ -61,7 +61,7 @@ def test_every_arm_starts_from_the_model_as_it_is(corpus, model, tmp_path):
     pool, alone = context.pool(), load_causal_lm(str(model))
     rows = kept_rows(arm / "selected", pool, in_order=False)
     with SilentProgress().task("train") as task:
-        train(alone, pool, rows, tmp_path, TrainConfig(**config.training.model_dump()), context=48,
+        train(alone, pool, rows, tmp_path, config.training, context=48,
               seed=derive_seed(0, "train", 1), task=task, checkpoint_every=100, device=torch.device("cpu"))  # fmt: skip
     trained = load_file(arm / "target" / "model.safetensors")
     assert all(

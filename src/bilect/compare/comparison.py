@@ -12,7 +12,7 @@ from bilect.compare.provenance import machine, nameless, program, setting
 from bilect.compare.statistics import estimate, speedup
 from bilect.compare.verdict import verdict
 
-__all__ = ["compare_runs", "csv_text"]
+__all__ = ["compare_runs", "csv_text", "mean_curve", "spent_curve"]
 
 Seeds = list[dict[str, Arm]]  # the arms of each seed
 COLUMNS = (
@@ -81,7 +81,7 @@ def _variant(cells: Sequence[Cell], seeds: Seeds) -> dict[str, Any]:
 
 def _against_base(variant: dict[str, Any], base: Mapping[str, Any]) -> None:
     """Paired differences from the base; none where the losses are of another set, text or tokenizer."""
-    scale, its_scale = ((v["loss_on"], v.get("texts", {}).get("heldout")) for v in (variant, base))
+    scale, its_scale = ((v["loss_on"], v["texts"]["heldout"]) for v in (variant, base))
     for arm, figures in variant["arms"].items():
         own, other = figures["loss"]["values"], base["arms"].get(arm)
         found = other is not None and variant is not base and scale == its_scale
@@ -113,7 +113,7 @@ def _arm(arm: str, seeds: Seeds, loss_on: str | None) -> dict[str, Any]:
             "peak_gb": estimate([a.peak_gb for a in own]),
         },
         "speedup": _speedup(arm, seeds, loss_on),
-        "curve": _mean_curve(own, loss_on),
+        "curve": mean_curve(own, loss_on),
         **{key: _mean_shares([getattr(a, key) for a in own]) for key in ("kept_share", "kept_fraction")},
         "tasks": _tasks(own),
     }  # fmt: skip
@@ -129,18 +129,20 @@ def _speedup(arm: str, seeds: Seeds, loss_on: str | None) -> dict[str, Any]:
     ratios: dict[str, list[float | None]] = {"tokens": [], "flops": [], "flops_with_choosing": []}
     for s in seeds:
         for key, values in ratios.items():
-            curve, control = (_spent_curve(s[name], key, loss_on) for name in (arm, "random"))
+            curve, control = (spent_curve(s[name], key, loss_on) for name in (arm, "random"))
             values.append(speedup(curve, control) if curve and arm != "random" else None)
     return {key: estimate(values) for key, values in ratios.items()}
 
 
-def _spent_curve(arm: Arm, key: str, loss_on: str | None) -> list[tuple[float, float]]:
+def spent_curve(arm: Arm, key: str, loss_on: str | None) -> list[tuple[float, float]]:
+    """(spent, loss) along a learning curve; ``key`` is ``tokens``, ``flops`` or ``flops_with_choosing``."""
     rate = 1.0 if key == "tokens" or not arm.curve else arm.training["flops"] / arm.tokens
     before = 1.0 if key == "flops_with_choosing" else 0.0
     return [(before * p.choosing + rate * p.tokens, headline(p.loss, loss_on)) for p in arm.curve]
 
 
-def _mean_curve(own: Sequence[Arm], loss_on: str | None) -> list[dict[str, Any]]:
+def mean_curve(own: Sequence[Arm], loss_on: str | None) -> list[dict[str, Any]]:
+    """The learning curves of one arm under several seeds, point by point."""
     rows = []
     for at in zip(*(a.curve for a in own), strict=True):
         loss = estimate([headline(p.loss, loss_on) for p in at])

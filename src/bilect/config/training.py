@@ -32,6 +32,11 @@ class TrainConfig(Settings):
     bf16: bool = Field(False, description="mixed precision")
     report_to: tuple[str, ...] = Field((), description="trackers of the transformers Trainer, such as tensorboard")
 
+    @property
+    def branch_steps(self) -> int:
+        """Of the decay branch; none where the model is taken as it is."""
+        return self.decay_steps if self.steps else 0
+
     @model_validator(mode="after")
     def _divisible(self) -> "TrainConfig":
         if self.batch_size % self.gradient_accumulation:

@@ -160,7 +160,7 @@ class RunContext:
         The settings say so, not the disk: a copy may be left from other settings.
         """
         training = self.config.warmup.target if folder == WARM_TARGET else self.config.training
-        return f"{folder}-decayed" if training.steps and training.decay_steps else folder
+        return f"{folder}-decayed" if training.branch_steps else folder
 
     def training_of(self, folder: str) -> Path | None:
         """The folder of a target whose training can go on; None of one that is taken as it is, without a warm-up."""

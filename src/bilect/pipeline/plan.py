@@ -250,7 +250,7 @@ class _Costs:
 
     def _training(self, settings: TrainConfig, role: str) -> tuple[float, float, str]:
         model = self.proxy if role == "proxy" else self.target
-        steps = settings.steps + (settings.decay_steps if role == "target" and settings.steps else 0)
+        steps = settings.steps + (settings.branch_steps if role == "target" else 0)
         tokens = float(steps * settings.batch_size * self.config.data.context)
         return tokens, 3 * forward_flops(model, tokens, self.config.data.context), role
 
