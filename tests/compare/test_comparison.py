@@ -97,6 +97,24 @@ def test_losses_and_paired_differences(base):
     assert arms["dsir"]["minus_best"]["values"] == pytest.approx([0.0, 0.01, 0.02])
 
 
+def test_every_held_out_set_is_paired_with_the_warm_model_and_with_random(monkeypatch):
+    seeds = runs()
+    for seed, (forgotten, random) in zip(seeds, ((8.5, 7.5), (8.1, 7.2), (8.3, 7.0)), strict=True):
+        seed["dsir"].heldout["other"]["loss"], seed["random"].heldout["other"]["loss"] = forgotten, random
+    found = compared(monkeypatch, seeds)
+    arms = found["variants"]["base"]["arms"]
+    other = arms["dsir"]["heldout"]["other"]
+    assert other["minus_warm"]["values"] == pytest.approx([0.5, 0.1, 0.3])
+    assert other["minus_random"]["values"] == pytest.approx([1.0, 0.9, 1.3])
+    assert arms["dsir"]["heldout"]["math"]["minus_warm"]["values"] == pytest.approx([-2.1, -1.99, -1.78])
+    assert arms["random"]["heldout"]["other"]["minus_random"]["n"] == 0
+    assert arms["warm"]["heldout"]["other"]["minus_warm"]["n"] == 0
+    page = render(found)
+    row = page[page.index("above 0: forgotten") :]
+    row = row[row.index('<th scope="row">dsir</th>') :]
+    assert "+0.300 ± 0.497" in row[: row.index("</tr>")] and "+1.067 ± 0.517" in row[: row.index("</tr>")]
+
+
 def test_without_a_deciding_set_the_mean_over_the_sets_decides(monkeypatch):
     arms = compared(monkeypatch, runs(), None)["variants"]["base"]["arms"]
     assert arms["bliss"]["loss"]["values"][0] == pytest.approx((3.9 + 7.0) / 2)

@@ -26,11 +26,12 @@ def compare_runs(cells: Sequence[Cell], settings: Mapping[str, Mapping[str, Any]
     """The content of ``comparison.json``.
 
     By variant and arm: ``loss`` (held-out, of the decayed model, on the set that decides), its paired differences from
-    ``random`` and ``full``, and every held-out set, each as ``statistics.estimate``; ``minus_base``, the same arm's in
-    the base, where both losses are of the same tokens; ``speedup``, how many times fewer tokens or FLOPs than random it
-    takes to come down to random's final loss on the learning curves; costs; shares by source; learning curves;
-    ``overlap``, the Jaccard index of what any two arms kept. Beside them stands what they were made of and on
-    (``provenance``), so that the file can be shown to others as it is (``published``).
+    ``random`` and ``full``, and the loss on every held-out set, with its differences from ``random`` and from ``warm``
+    (above 0: forgotten), each as ``statistics.estimate``; ``minus_base``, the same arm's in the base, where both losses
+    are of the same tokens; ``speedup``, how many times fewer tokens or FLOPs than random it takes to come down to
+    random's final loss on the learning curves; costs; shares by source; learning curves; ``overlap``, the Jaccard index
+    of what any two arms kept. Beside them stands what they were made of and on (``provenance``), so that the file can
+    be shown to others as it is (``published``).
 
     Args:
         cells: all runs, finished.
@@ -103,7 +104,10 @@ def _arm(arm: str, seeds: Seeds, loss_on: str | None) -> dict[str, Any]:
         "minus_random": _paired(seeds, arm, "random", loss_on),
         "minus_full": _paired(seeds, arm, "full", loss_on),
         "heldout": {
-            name: {k: estimate([a.heldout[name][k] for a in own]) for k in ("loss", "accuracy")}
+            name: {
+                **{k: estimate([a.heldout[name][k] for a in own]) for k in ("loss", "accuracy")},
+                **{f"minus_{other}": _paired(seeds, arm, other, name) for other in ("warm", "random")},
+            }
             for name in own[0].heldout
         },
         "tokens": own[0].tokens,
