@@ -11,11 +11,13 @@ from bilect.config import parse_config
 from bilect.errors import BilectError
 from bilect.models.loading import load_causal_lm
 from bilect.pipeline.context import RunContext
+from bilect.pipeline.directory import read_manifest
 from bilect.pipeline.plan import plan_run
 from bilect.pipeline.stages import run
 from bilect.runtime.progress import SilentProgress
 from bilect.runtime.seeds import derive_seed
 from bilect.selection.records import kept_rows
+from bilect.training.evaluation import evaluate
 from bilect.training.train import train
 from tests.corpus import tiny_settings
 
@@ -24,13 +26,13 @@ AS_IT_IS = {"steps": 0}
 
 
 def settings(corpus, model, **changes):
-    values = tiny_settings(corpus, models={"proxy": str(model), "target": str(model)}, controls=ARMS, **changes)
+    changes = {"controls": ARMS, "methods": {"mates": {"probes": 16}}, **changes}
+    values = tiny_settings(corpus, models={"proxy": str(model), "target": str(model)}, **changes)
     values["data"].pop("vocab_size", None)  # the model brings its tokenizer
     values["warmup"] = {"share": 0.05, "proxy": AS_IT_IS, "target": AS_IT_IS}
     values["fit"] |= {"steps": 2}
     values["training"] |= {"steps": 4, "decay_steps": 0, "warmup_ratio": 0.5}
     values["online"] = {"method": "full", "sync_every": 2, "reference_steps": 1, "upper_batch_size": 2}
-    values["methods"] = {"mates": {"probes": 16}}
     return parse_config(values)
 
 
@@ -78,3 +80,26 @@ def test_a_training_without_steps_is_refused_before_anything_is_computed(corpus,
     with pytest.raises(BilectError, match=r"^training.steps: 0 steps train nothing; to choose only: bilect choose"):
         run(config, tmp_path / "run")
     assert not list((tmp_path / "run").glob("t*"))
+
+
+def test_held_out_losses_are_in_the_precision_of_the_training(corpus, model, tmp_path):
+    out, warm, stages = tmp_path / "run", [], []
+    for bf16 in (False, True):
+        config = settings(corpus, model, method="random", controls=[], methods={}, curve={"every": 4, "documents": 8})
+        config = config.model_copy(update={"training": config.training.model_copy(update={"bf16": bf16})})
+        run(config, out, repeat=True)
+        context = RunContext(out, config, SilentProgress())
+        [(name, store)] = context.heldout_sets().items()
+
+        def loss(folder, bf16=bf16, context=context, store=store, **more):
+            return evaluate(context.load(folder), store, context.pad_id, bf16=bf16, **more).loss
+
+        warm.append(json.loads((out / "warmup" / "eval.json").read_text())[name]["loss"])
+        trained = json.loads((out / "round-1" / "eval.json").read_text())[name]["loss"]
+        assert (warm[-1], trained) == (loss("warmup/target"), loss("round-1/target"))
+        sample = np.sort(np.random.default_rng(0).permutation(len(store))[:8])
+        point = json.loads((out / "round-1" / "target" / "heldout.jsonl").read_text().splitlines()[-1])
+        assert point["loss"][name] == loss("round-1/target", rows=sample)
+        stages.append(read_manifest(out)["stages"]["evaluate warm"]["made_of"])
+    assert warm[0] != warm[1] == pytest.approx(warm[0], rel=1e-2)  # the model is the same
+    assert stages == [{}, {"training.bf16": True}]  # float32 runs of before are not evaluated again

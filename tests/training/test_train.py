@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from bilect.config import TrainConfig
+from bilect.data.batch import make_batch
 from bilect.data.documents import Document
 from bilect.data.tokens import TokenStore, write_tokens
 from bilect.errors import BilectError
+from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
 from bilect.models.loading import load_causal_lm, train_tokenizer
 from bilect.models.score_model import ScoreModel
@@ -336,6 +338,23 @@ def test_evaluation_equals_document_by_document(store):
     assert result.accuracy == right / 40
     rows = np.array([5, 3, 30])
     assert document_losses(network, store, rows, 0, 100) == pytest.approx([per_document[i] for i in rows], rel=1e-5)
+
+
+def test_evaluation_in_bfloat16_has_losses_of_float32(store):
+    network, per_document = model(3).eval(), []
+    lm, rows = CausalLM(network), np.arange(len(store))
+    for i in rows:
+        batch = make_batch(store.rows(rows[i : i + 1]), 0)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            hidden_ND = batch.predicting(lm.hidden(batch.input_ids_BT))
+            logits = torch.nn.functional.linear(hidden_ND, network.get_output_embeddings().weight)
+        assert logits.dtype == torch.bfloat16
+        per_document.append(torch.nn.functional.cross_entropy(logits.float(), batch.labels_N, reduction="none"))
+    expected, exact = np.array([float(ce.mean()) for ce in per_document]), document_losses(network, store, rows, 0)
+    found = document_losses(network, store, rows, 0, batch_tokens=1, bf16=True)
+    assert np.abs(found / expected - 1).max() < 1e-6 < np.abs(exact / expected - 1).max()
+    loss = evaluate(network, store, pad_id=0, batch_tokens=1, bf16=True).loss
+    assert loss == pytest.approx(float(torch.cat(per_document).double().mean()), rel=1e-6)
 
 
 def test_scores_do_not_depend_on_batches(store):

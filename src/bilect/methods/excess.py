@@ -35,7 +35,6 @@ from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
 from bilect.runtime.checkpoints import Stateful, save_parts
-from bilect.runtime.device import autocast
 from bilect.runtime.progress import Task
 from bilect.training.evaluation import document_losses
 
@@ -132,8 +131,7 @@ class Excess(DocumentMethod[ExcessConfig]):
 
     def _losses(self, model: PreTrainedModel, store: TokenStore, rows: np.ndarray) -> np.ndarray:
         inputs = self.inputs
-        with autocast(inputs.device, inputs.bf16):
-            return document_losses(model, store, rows, inputs.pad_id, inputs.batch_tokens)
+        return document_losses(model, store, rows, inputs.pad_id, inputs.batch_tokens, bf16=inputs.bf16)
 
     def _write(self, folder: Path) -> None:
         self.reference.save_pretrained(folder / "reference")

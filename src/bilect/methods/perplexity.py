@@ -17,7 +17,6 @@ from bilect.data.tokens import TokenStore
 from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
 from bilect.models.flops import forward_flops
 from bilect.runtime import distributed
-from bilect.runtime.device import autocast
 from bilect.runtime.progress import Task
 from bilect.runtime.seeds import derive_seed
 from bilect.training.evaluation import document_losses
@@ -68,8 +67,8 @@ class Perplexity(DocumentMethod[PerplexityConfig]):
 
     def _losses(self, store: TokenStore, rows: np.ndarray) -> np.ndarray:
         inputs = self.inputs
-        with autocast(inputs.device, inputs.bf16):
-            return document_losses(inputs.warm_proxy, store, rows, inputs.pad_id, inputs.batch_tokens)
+        model, batch_tokens = inputs.warm_proxy, inputs.batch_tokens
+        return document_losses(model, store, rows, inputs.pad_id, batch_tokens, bf16=inputs.bf16)
 
     def _write(self, folder: Path) -> None:
         np.save(folder / "losses.npy", self.losses)

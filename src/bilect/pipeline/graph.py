@@ -157,7 +157,7 @@ class Graph:
         arm = self.config.method
         return self._stage(
             "fidelity", "eval", training.fidelity, number=number,
-            settings={}, reads=[f"round {number}: fit {arm}", f"round {number}: train {arm}"],
+            settings=self._precision, reads=[f"round {number}: fit {arm}", f"round {number}: train {arm}"],
             writes=[f"{self.run.arm_folder(arm, number)}/fidelity.json"],
         )  # fmt: skip
 
@@ -167,7 +167,7 @@ class Graph:
         """Held-out losses of an arm's target after a round; arm "warm" is the warmed-up target."""
         return self._stage(
             "evaluate", "eval", training.evaluate, arm=arm, number=number, folder=self.run.target_folder(arm, number),
-            settings={}, reads=["tokenise held-out", self._trained(arm, number)], writes=["eval.json"],
+            settings=self._precision, reads=["tokenise held-out", self._trained(arm, number)], writes=["eval.json"],
         )  # fmt: skip
 
     def tasks(self, arm: str, number: int) -> Stage:
@@ -218,6 +218,11 @@ class Graph:
             name, partial(_measured, self.run, partial(body, self.run, **given)), settings, tuple(reads),
             tuple(below + path for path in writes), command, kind, number, arm,
         )  # fmt: skip
+
+    @property
+    def _precision(self) -> dict[str, Any]:
+        """What held-out losses depend on beside the model; nothing in float32, as in runs that knew nothing else."""
+        return {"training.bf16": True} if self.config.training.bf16 else {}
 
     def _sources(self, role: Literal["lower_data", "upper_data", "heldout_data"]) -> list[dict[str, Any]]:
         sources = getattr(self.config.data, role)

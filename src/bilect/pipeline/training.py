@@ -79,10 +79,12 @@ def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
 
 
 def _curve(run: RunContext) -> HeldoutCurve | None:
-    curve = run.config.curve
+    config, curve = run.config, run.config.curve
     if curve.every is None:
         return None
-    return HeldoutCurve(run.heldout_sets(), curve.every, curve.documents, run.pad_id, run.config.score_batch_tokens)
+    return HeldoutCurve(
+        run.heldout_sets(), curve.every, curve.documents, run.pad_id, config.score_batch_tokens, config.training.bf16
+    )
 
 
 def _online(run: RunContext, arm: str) -> Online | None:
@@ -99,13 +101,18 @@ def _online(run: RunContext, arm: str) -> Online | None:
 
 
 def evaluate(run: RunContext, scratch: Path, folder: str) -> Figures:
-    """Figures of the decayed copy of a target (or of itself, without a decay branch) on every held-out set."""
-    model = run.load_placed(run.evaluated(folder))
+    """Figures of the decayed copy of a target (or of itself, without a decay branch) on every held-out set.
+
+    In the precision of ``training``, the warm target too: arms are compared with it.
+    """
+    model, config = run.load_placed(run.evaluated(folder)), run.config
     stores = run.heldout_sets()
     results, flops, tokens = {}, 0.0, 0
     with run.progress.task(f"evaluate {folder}", len(stores)) as task:
         for name, store in stores.items():
-            results[name] = evaluation.evaluate(model, store, run.pad_id, run.config.score_batch_tokens).as_dict()
+            results[name] = evaluation.evaluate(
+                model, store, run.pad_id, config.score_batch_tokens, bf16=config.training.bf16
+            ).as_dict()
             n_tokens = int(store.length_R.sum())
             flops, tokens = flops + forward_flops(model, n_tokens, n_tokens / len(store)), tokens + n_tokens
             task.advance(1, heldout_loss=results[name]["loss"])
@@ -133,7 +140,9 @@ def fidelity(run: RunContext, scratch: Path, number: int) -> Figures:
 
     def judged(folder: str) -> tuple[np.ndarray, float]:
         model = run.load_placed(folder)
-        losses = evaluation.document_losses(model, pool, probe, run.pad_id, run.config.score_batch_tokens)
+        losses = evaluation.document_losses(
+            model, pool, probe, run.pad_id, config.score_batch_tokens, bf16=config.training.bf16
+        )
         task.advance(1)
         return losses, forward_flops(model, tokens, tokens / len(probe))
 

@@ -27,6 +27,7 @@ class HeldoutCurve:
         documents: of each set, the same ones for every model.
         pad_id: padding token.
         batch_tokens: padded tokens per batch.
+        bf16: matrix products in bfloat16.
     """
 
     stores: Mapping[str, TokenStore]
@@ -34,6 +35,7 @@ class HeldoutCurve:
     documents: int
     pad_id: int
     batch_tokens: int
+    bf16: bool = False
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         """Mean loss per predicted token of each set; draws no random number, and leaves the model as it was."""
@@ -41,7 +43,7 @@ class HeldoutCurve:
         model.eval()
         for name, store in self.stores.items():
             rows = np.sort(np.random.default_rng(0).permutation(len(store))[: self.documents])
-            losses[name] = evaluate(model, store, self.pad_id, self.batch_tokens, rows).loss
+            losses[name] = evaluate(model, store, self.pad_id, self.batch_tokens, rows, bf16=self.bf16).loss
         model.train(training)
         return losses
 

@@ -15,6 +15,7 @@ from bilect.data.tokens import TokenStore
 from bilect.functional.losses import Head, document_mean, token_losses
 from bilect.models.causal_lm import CausalLM
 from bilect.runtime import distributed
+from bilect.runtime.device import autocast
 from bilect.runtime.sharding import has_shards
 
 __all__ = ["Evaluation", "document_losses", "evaluate"]
@@ -46,7 +47,13 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, store: TokenStore, pad_id: int, batch_tokens: int = 8192, rows: np.ndarray | None = None
+    model: PreTrainedModel,
+    store: TokenStore,
+    pad_id: int,
+    batch_tokens: int = 8192,
+    rows: np.ndarray | None = None,
+    *,
+    bf16: bool = False,
 ) -> Evaluation:
     """Evaluate a model on documents of a store; of several ranks, all call this and share the batches.
 
@@ -56,6 +63,7 @@ def evaluate(
         pad_id: padding token.
         batch_tokens: padded tokens per batch.
         rows: documents; None: all.
+        bf16: matrix products in bfloat16; losses are float32.
     """
     lm = CausalLM(model)
     rows = np.arange(len(store)) if rows is None else rows
@@ -70,7 +78,8 @@ def evaluate(
                 return ce_N, None
             return ce_N, torch.cat([head.logits(h).argmax(dim=-1) for h in hidden_ND.split(1024)])
 
-        (ce_N, guess_N), right = lm.call(batch.input_ids_BT, work), 0
+        with autocast(lm.device, bf16):
+            (ce_N, guess_N), right = lm.call(batch.input_ids_BT, work), 0
         if guess_N is not None:
             wrong_B = torch.bincount(batch.document_N, (guess_N != batch.labels_N).double(), batch.n_documents)
             right = int((wrong_B == 0).sum())
@@ -86,9 +95,18 @@ def evaluate(
 
 @torch.no_grad()
 def document_losses(
-    model: PreTrainedModel, store: TokenStore, rows: np.ndarray, pad_id: int, batch_tokens: int = 8192
+    model: PreTrainedModel,
+    store: TokenStore,
+    rows: np.ndarray,
+    pad_id: int,
+    batch_tokens: int = 8192,
+    *,
+    bf16: bool = False,
 ) -> np.ndarray:
-    """Mean cross-entropy of each document, in the order of ``rows``; of a sharded model on all ranks at once."""
+    """Mean cross-entropy of each document, in the order of ``rows``; of a sharded model on all ranks at once.
+
+    ``bf16``: matrix products in bfloat16; losses are float32.
+    """
     lm = CausalLM(model)
     parts, found = [*length_bucketed(store.length_R[rows], np.arange(len(rows)), batch_tokens)], list[torch.Tensor]()
     for part in parts:
@@ -97,7 +115,9 @@ def document_losses(
         def work(hidden_BTD: Tensor, head: Head, batch: Batch = batch) -> Tensor:
             return token_losses(batch.predicting(hidden_BTD), head, batch.labels_N).ce_N
 
-        loss_B = document_mean(lm.call(batch.input_ids_BT, work), batch.document_N, batch.n_documents)
+        with autocast(lm.device, bf16):
+            loss_N = lm.call(batch.input_ids_BT, work)
+        loss_B = document_mean(loss_N, batch.document_N, batch.n_documents)
         found.append(loss_B.double())  # fetched at the end: a GPU goes on while the next batch is made
     losses = np.empty(len(rows))
     if parts:
