@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -129,6 +130,25 @@ def test_is_in_evaluation_mode() -> None:
 def test_check_passes_in_low_precision(dtype: torch.dtype) -> None:
     for kind in KINDS:
         CausalLM(tiny_lm(kind, dtype=dtype))
+
+
+def test_check_passes_where_a_trainer_has_put_autocast_around_a_deep_model() -> None:
+    """In float32 its logits differ from its own in bfloat16 by more than rounding does: 30 layers of SmolLM2 do so."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=24,
+                                  num_attention_heads=2, initializer_range=0.5)  # fmt: skip
+    plain = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        float32 = plain(input_ids=IDS).logits
+    model = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(plain)
+    with torch.no_grad():
+        own = model(input_ids=IDS).logits
+    assert (own - float32).abs().max() > 0.05 * own.abs().max()
+    lm = CausalLM(model)
+    assert torch.equal(logits(lm), float32)  # what wraps the call is no part of trunk and head
+    _Transformed(model, lambda x: 1.3 * x)
+    with pytest.raises(BilectError, match="LlamaForCausalLM transforms its logits"):
+        CausalLM(model)
 
 
 @pytest.mark.parametrize(("name", "millions"), [("pythia-14m", 14.1), ("pythia-31m", 30.5), ("pythia-70m", 70.4)])

@@ -111,7 +111,12 @@ class CausalLM:
         def logits(hidden_BTD: Tensor, head: Head) -> tuple[Tensor, Tensor]:
             return Head(head.weight_VD, head.bias_V).logits(hidden_BTD), head.transform(raw[1])
 
-        if not (raw and all(map(_close, self.call(ids, logits), (raw[0], theirs)))):
+        # in the precision of the model's own call: a Trainer of bf16 has put autocast around that
+        weight_VD = self.head().weight_VD
+        dtype = raw[0].dtype if raw else weight_VD.dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype != weight_VD.dtype):
+            agree = bool(raw) and all(map(_close, self.call(ids, logits), (raw[0], theirs)))
+        if not agree:
             raise BilectError(
                 f"{type(self.model).__name__} transforms its logits in a way bilect does not know; use another model"
             )
