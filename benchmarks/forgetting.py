@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bilect.compare.figures import arm_inks
 from bilect.compare.page import interval
 from bilect.report.svg import COLOURS, drawing, new_figure, to_svg
 
 PLAIN = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{EM DASH}": "-"})
-INKS = {"random": "random", "full": "full", "blade": "blade", "rho1": "rho1", "random-token": "random-token"}
 
 
 def main() -> None:
@@ -55,8 +55,9 @@ def figure(variant: dict[str, Any], elsewhere: str) -> str:
         figure = new_figure(3.6)
         axes = figure.add_subplot(xlabel=f"loss on {elsewhere} less the warm model's (right: forgotten)",
                                   ylabel=f"loss on {target} less the warm model's")  # fmt: skip
+        inks = arm_inks(arms)
         for arm, own in arms.items():
-            ink = COLOURS[INKS.get(arm, "ours" if arm == next(iter(arms)) else "other")]
+            ink = COLOURS[inks[arm]]
             x, y = (own[name]["minus_warm"] for name in (elsewhere, target))
             axes.plot(x["values"], y["values"], ".", color=ink, alpha=0.5, markersize=4)
             axes.plot([x["mean"]], [y["mean"]], "o", color=ink, markersize=6)

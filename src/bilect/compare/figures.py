@@ -8,7 +8,7 @@ from bilect.report.figures import name_points
 from bilect.report.lines import Lines, lines_figure
 from bilect.report.svg import COLOURS, drawing, label, new_figure, to_svg
 
-__all__ = ["cost_figure", "curves_figure", "gains_figure", "heat_figure", "variants_figure"]
+__all__ = ["arm_inks", "cost_figure", "curves_figure", "gains_figure", "heat_figure", "variants_figure"]
 
 _OWN = ("random", "full", "blade", "rho1", "random-token")
 
@@ -16,7 +16,7 @@ _OWN = ("random", "full", "blade", "rho1", "random-token")
 def gains_figure(name: str, arms: Mapping[str, Any]) -> str:
     """Difference from random of each arm: every seed, the mean, and its 95% interval."""
     rows = {arm: arms[arm]["minus_random"] for arm in arms if arm not in ("warm", "random")}
-    return _intervals(name, rows, {arm: COLOURS[ink] for arm, ink in _inks(arms).items()})
+    return _intervals(name, rows, {arm: COLOURS[ink] for arm, ink in arm_inks(arms).items()})
 
 
 def variants_figure(name: str, rows: Mapping[str, Any]) -> str:
@@ -50,7 +50,7 @@ def cost_figure(name: str, arms: Mapping[str, Any]) -> str:
         figure = new_figure(3.2)
         axes = figure.add_subplot(xlabel="FLOPs of choosing and training, times random's",
                                   ylabel="held-out loss minus random's")  # fmt: skip
-        inks, points = _inks(arms), dict[str, tuple[float, float]]()
+        inks, points = arm_inks(arms), dict[str, tuple[float, float]]()
         for arm in (a for a in arms if a != "warm"):
             x, y = cost_ratio(arms, arm), arms[arm]["minus_random"]["mean"] or 0.0
             axes.plot([x], [y], "o", color=COLOURS[inks[arm]], markersize=6)
@@ -68,7 +68,7 @@ def cost_figure(name: str, arms: Mapping[str, Any]) -> str:
 def curves_figure(name: str, arms: Mapping[str, Any]) -> str:
     """Held-out loss along the training, against tokens and against FLOPs with those of choosing."""
     shown = {arm: figures for arm, figures in arms.items() if figures["curve"]}
-    inks = {arm: ink for arm, ink in _inks(shown).items() if ink != "other"}
+    inks = {arm: ink for arm, ink in arm_inks(shown).items() if ink != "other"}
     tokens, flops = dict[str, list[tuple[float, float]]](), dict[str, list[tuple[float, float]]]()
     for arm, f in shown.items():
         rate = f["cost"]["training"]["flops"]["mean"] / f["tokens"]
@@ -105,7 +105,7 @@ def heat_figure(name: str, values: Mapping[str, Mapping[str, float]], columns: S
         return to_svg(figure, name, description)
 
 
-def _inks(arms: Iterable[str]) -> dict[str, str]:
+def arm_inks(arms: Iterable[str]) -> dict[str, str]:
     """Name of each arm's colour; what the comparison is about is its first method."""
     first = next((arm for arm in arms if arm not in ("warm", *_OWN)), "")
     return {arm: arm if arm in _OWN else "ours" if arm == first else "other" for arm in arms}
