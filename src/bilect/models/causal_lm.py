@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from bilect.errors import BilectError
 from bilect.functional.losses import Head
 from bilect.functional.trees import Tree
+from bilect.models.output_head import check_output, scale_and_cap
 
 __all__ = ["CausalLM", "instead", "share_vocabulary"]
 
@@ -44,13 +45,10 @@ class CausalLM:
         self._weight_name = names[id(head.weight)]
         bias = getattr(head, "bias", None)
         self._bias_name = None if bias is None else names[id(bias)]
-        text_config = model.config.get_text_config()
-        self._softcap = getattr(text_config, "final_logit_softcapping", None)
-        self._scale = float(getattr(text_config, "logit_scale", None) or 1.0)
-        if getattr(text_config, "logits_scaling", None):
-            self._scale /= float(text_config.logits_scaling)
+        self._form = scale_and_cap(model.config)
         self.vocabulary = int(head.weight.shape[0])
-        self._check(head)
+        ids_BT = torch.arange(1, 5, device=self.device)[None] % self.vocabulary
+        check_output(model, trunk, head, ids_BT, form=self._form, product=self._product)
 
     @property
     def device(self) -> torch.device:
@@ -85,41 +83,16 @@ class CausalLM:
         weight_VD, bias_V = tree[self._weight_name], None if self._bias_name is None else tree[self._bias_name]
         if self.vocabulary < weight_VD.shape[0]:
             weight_VD, bias_V = weight_VD[: self.vocabulary], None if bias_V is None else bias_V[: self.vocabulary]
-        return Head(weight_VD, bias_V, self._scale, self._softcap)
+        return Head(weight_VD, bias_V, *self._form)
 
     @property
     def head_names(self) -> list[str]:
         """Names of the head's parameters."""
         return [self._weight_name] + ([] if self._bias_name is None else [self._bias_name])
 
-    @torch.no_grad()
-    def _check(self, head: nn.Module) -> None:
-        """Compare with the model's own logits, made large: caps and clamps do not show on small ones."""
-        raw: list[Tensor] = []
-
-        def enlarge(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            raw.extend((output, output * (50 / output.float().std().clamp(min=1e-6))))
-            return raw[1]
-
-        ids = torch.arange(1, 5, device=self.device)[None] % self.vocabulary
-        handle = head.register_forward_hook(enlarge)
-        try:
-            theirs = self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            handle.remove()
-
-        def logits(hidden_BTD: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-            return Head(head.weight_VD, head.bias_V).logits(hidden_BTD), head.transform(raw[1])
-
-        # in the precision of the model's own call: a Trainer of bf16 has put autocast around that
-        weight_VD = self.head().weight_VD
-        dtype = raw[0].dtype if raw else weight_VD.dtype
-        with torch.autocast(self.device.type, dtype, enabled=dtype != weight_VD.dtype):
-            agree = bool(raw) and all(map(_close, self.call(ids, logits), (raw[0], theirs)))
-        if not agree:
-            raise BilectError(
-                f"{type(self.model).__name__} transforms its logits in a way bilect does not know; use another model"
-            )
+    def _product(self, hidden_BTD: Tensor) -> Tensor:
+        head = self.head()
+        return nn.functional.linear(hidden_BTD, head.weight_VD, head.bias_V)
 
 
 @contextmanager
@@ -143,10 +116,3 @@ def share_vocabulary(a: CausalLM, b: CausalLM) -> None:
     are cut off, and a divergence needs distributions over the same ids.
     """
     a.vocabulary = b.vocabulary = min(a.vocabulary, b.vocabulary)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e-3 if b.dtype in (torch.float32, torch.float64) else 2e-2
-    if not bool(b.isfinite().all()):
-        return True  # a broken checkpoint is not a question of form: its loss will tell
-    return float((a.float() - b.float()).abs().max()) <= tolerance * float(b.float().abs().max())

@@ -20,6 +20,7 @@ from bilect.data.batch import IGNORE
 from bilect.errors import BilectError
 from bilect.functional.losses import Head, token_losses, weighted_token_loss
 from bilect.models.causal_lm import instead
+from bilect.models.output_head import check_output, scale_and_cap
 from bilect.runtime import distributed
 
 __all__ = ["TokenBatch", "TokenForward", "evaluating"]
@@ -120,22 +121,17 @@ class TokenForward:
     def __init__(self, model: nn.Module) -> None:
         base = unwrap(model)
         self.base = base
-        name = type(base).__name__
         head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         trunk = getattr(base, getattr(base, "base_model_prefix", "") or "", None)
         if not isinstance(trunk, nn.Module) or not isinstance(head, nn.Module):
-            raise BilectError(f"{name} is not a causal LM with a trunk and an output head")
+            raise BilectError(f"{type(base).__name__} is not a causal LM with a trunk and an output head")
         self.trunk = trunk
-        config = base.config.get_text_config()
-        self._softcap = getattr(config, "final_logit_softcapping", None)
-        self._scale = float(getattr(config, "logit_scale", None) or 1.0)
-        self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        self._form = scale_and_cap(base.config)
         self._work: Callable[[Tensor, Head | None], Tensor] | None = None
         self._own_head: Callable[[Tensor], Tensor] = head.forward  # what ``instead`` has put aside
         self._kernel: Kernel | None = None
         self._kernel_known = False
-        self.vocabulary = int(config.vocab_size)
-        self._check(name)
+        self.vocabulary = self._check()
 
     @property
     def head(self) -> nn.Module:
@@ -187,7 +183,7 @@ class TokenForward:
 
     def _losses_by_logits(self, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
         """By a head that is more than one matrix, in chunks whose logits the backward pass computes again."""
-        own_head, plain = self._own_head, Head(hidden_ND[:0], None, self._scale, self._softcap)
+        own_head, plain = self._own_head, Head(hidden_ND[:0], None, *self._form)
 
         def part(hidden_MD: Tensor, labels_M: Tensor) -> Tensor:
             logits_MV = plain.transform(own_head(hidden_MD))
@@ -224,60 +220,23 @@ class TokenForward:
     def _forward_head(self, hidden_BTD: Tensor) -> dict[str, Tensor]:
         assert self._work is not None
         module: Any = self.head
-        head = Head(module.weight, module.bias, self._scale, self._softcap) if is_linear(module) else None
+        head = Head(module.weight, module.bias, *self._form) if is_linear(module) else None
         return {"loss": self._work(hidden_BTD.flatten(0, 1), head)}
 
-    @torch.no_grad()
-    def _check(self, name: str) -> None:
-        """One short ordinary forward pass: hidden states must reach the head, and logits leave it, as assumed here.
-
-        The logits are made large, because caps and clamps do not show on small ones.
-        """
-        seen: dict[str, Tensor] = {}
+    def _check(self) -> int:
         head: Any = self.head
+        device, n_ids = next(self.base.parameters()).device, int(self.base.config.get_text_config().vocab_size)
 
-        def at_trunk(module: nn.Module, args: Any, output: Any) -> None:
-            seen["hidden"] = output.last_hidden_state
+        def product(hidden_BTD: Tensor) -> Tensor:
+            return nn.functional.linear(hidden_BTD, head.weight, head.bias)
 
-        def before_head(module: nn.Module, args: Any) -> None:  # where FSDP2 has gathered the weights
-            seen["head input"] = args[0]
-            if is_linear(head):
-                seen["product"] = nn.functional.linear(args[0], head.weight, head.bias)
-
-        def at_head(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            seen["head output"] = output
-            seen.setdefault("product", output)
-            seen["raw"] = output * (50 / output.float().std().clamp(min=1e-6))
-            return seen["raw"]
-
-        device = next(self.base.parameters()).device
-        ids_BT = torch.arange(1, 5, device=device)[None] % self.vocabulary
-        hooks = [
-            self.trunk.register_forward_hook(at_trunk),
-            head.register_forward_pre_hook(before_head),
-            head.register_forward_hook(at_head),
-        ]
+        ids_BT = torch.arange(1, 5, device=device)[None] % n_ids
+        linear = product if is_linear(head) else None
         try:
             with evaluating(self.base):
-                logits = getattr(self.base(input_ids=ids_BT, use_cache=False), "logits", None)
+                return check_output(self.base, self.trunk, head, ids_BT, form=self._form, product=linear)
         finally:
-            for hook in hooks:
-                hook.remove()
             distributed.reshard(self.base)
-        if logits is None or len(seen) < 5:
-            raise BilectError(f"{name} gives no logits, or not by its output head; bilect cannot tell its token losses")
-        self.vocabulary = int(logits.shape[-1])
-        ours = Head(seen["hidden"], None, self._scale, self._softcap).transform(seen["raw"])
-        pairs = ((seen["head input"], seen["hidden"]), (seen["head output"], seen["product"]), (ours, logits))
-        if not all(_close(a, b) for a, b in pairs):
-            raise BilectError(f"{name} transforms its logits in a way bilect does not know; use another model")
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if not bool(b.isfinite().all()):
-        return True  # a broken checkpoint is not a question of form: its loss will tell
-    tolerance = 1e-3 if b.dtype in (torch.float32, torch.float64) else 2e-2
-    return float((a.float() - b.float()).abs().max()) <= tolerance * float(b.float().abs().max())
 
 
 @contextmanager
