@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 from scipy.stats import t
 
+from bilect.cli.evaluating import _short, _tables
 from bilect.cli.screens import _tasks_table
 from bilect.config import parse_config
 from bilect.data.documents import Document
@@ -30,6 +31,7 @@ from bilect.pipeline.stages import run, stages, states
 from bilect.pipeline.texts import input_hashes
 from bilect.report.wording import measured
 from bilect.runtime.progress import SilentProgress
+from bilect.runtime.terminal import PlainConsole
 from bilect.training import tasks
 from bilect.training.evaluation import evaluate
 from bilect.training.task_examples import Examples, paired_difference
@@ -285,7 +287,8 @@ def test_the_command_compares_models_on_the_same_examples(folder, examples, tmp_
     assert found["answer_bits_per_byte"]["difference"] == pytest.approx(values[1] - values[0]) != 0
     assert set(result["differences"]) == {str(other)} and found["acc"]["p"] is not None
     code, text, _ = said("tasks", folder, other, *names, "--limit", 2)
-    assert code == 0 and f"differences from {folder.name}" in text and f"Numbers: {out}" not in text
+    assert code == 0 and "lambada_local, 2 examples" in text and f"Numbers: {out}" not in text
+    assert "minus" in text and folder.name in text
     for wrong, line in (
         ([folder, folder, *names], "a model is given twice"),
         ([folder, *names, "--out", tmp_path / "no" / "x.json"], "create it"),
@@ -293,6 +296,36 @@ def test_the_command_compares_models_on_the_same_examples(folder, examples, tmp_
     ):
         code, text, error = said("tasks", *wrong)
         assert code == 2 and line in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("models", "shown"),
+    [
+        (["runs/a/full/round-1/target", "runs/a/blade/round-1/target", "models/m.gguf"], ["full", "blade", "m.gguf"]),
+        (["one/target", "two/target"], ["one", "two"]),
+        (["a/seed-0/b/target", "a/seed-1/b/target", "a/seed-0/c/target"], ["seed-0/b", "seed-1/b", "seed-0/c"]),
+        (["a/b/target", "b/a/target"], ["a/b/target", "b/a/target"]),  # no part tells them apart
+        (["target", "a/target"], ["target", "a/target"]),
+        (["hub/model"], ["model"]),
+    ],
+)
+def test_models_that_end_alike_are_shown_by_what_they_do_not_share(models, shown):
+    assert list(_short(models).values()) == shown
+
+
+def test_a_narrow_terminal_cuts_no_name(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    models = ["runs/arm-with-a-long-name-0/target", "runs/arm-with-a-long-name-1/target"]
+    figures = {"task": {"n": 3, "answer_bits_per_byte": {"value": 1.25, "stderr": 0.5}}}
+    difference = {"task": {"answer_bits_per_byte": {"difference": -0.25, "low": -0.5, "high": 0.125, "p": None}}}
+    result = {"models": dict.fromkeys(models, figures), "against": models[0], "differences": {models[1]: difference}}
+    PlainConsole(soft_wrap=False).print(_tables(result))
+    lines = capsys.readouterr().out.splitlines()
+    columns = list(zip(*(line.split("│")[1:] for line in lines if "│" in line), strict=True))
+    metric, model, value, minus, p = ("".join(cell.strip() for cell in column) for column in columns[:5])
+    assert max(map(len, lines)) <= 60
+    assert metric == "answer_bits_per_byte" and model == "arm-with-a-long-name-0arm-with-a-long-name-1"
+    assert value.replace(" ", "") == 2 * "1.250±0.500" and minus.replace(" ", "") == "−0.250(−0.500to0.125)" and p == ""
 
 
 TASK = "task: t\ndataset_path: json\ntest_split: test\noutput_type: loglikelihood\ndoc_to_text: prompt\n"

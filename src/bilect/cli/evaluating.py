@@ -47,41 +47,53 @@ def show_tasks(
         "differences": differences,
         "cost": costs,
     }
-    console.print(_table(result))
+    console.print(_tables(result))
     if out is not None:
         write_json(out, result)
         console.print(f"Numbers: {out}")
     return result
 
 
-def _table(result: Mapping[str, Any]) -> Any:
+def _tables(result: Mapping[str, Any]) -> Any:
+    """A table per task; nothing in it is cut on a narrow terminal, or models would look alike."""
+    from rich.console import Group
     from rich.table import Table
 
     from bilect.report.wording import decimal, measured
 
     shown, first = _short(list(result["models"])), result["against"]
     paired = bool(result["differences"])
-    title = "Downstream tasks, ± one standard error" + (f"; differences from {shown[first]}" if paired else "")
-    table = Table(title=title)
-    for name in ("task", "metric", "examples", "model", "value", *(("difference (95%)", "p") if paired else ())):
-        table.add_column(name, justify="left" if name in ("task", "metric", "model") else "right")
+    tables = []
     for task, figures in result["models"][first].items():
+        table = Table(title=f"{printable(task)}, {figures['n']:,} examples", title_justify="left")
+        for name in ("metric", "model"):
+            table.add_column(name, overflow="fold")
+        for name in ("value ± se", *((f"minus {shown[first]} (95%)", "p") if paired else ())):
+            table.add_column(name, justify="right", overflow="fold")
         for metric in (m for m in figures if m != "n"):
             for model, by_task in result["models"].items():
                 value = by_task[task][metric]
-                row = [task, metric, f"{figures['n']:,}", shown[model], measured(value["value"], value["stderr"])]
+                row = [metric if model == first else "", shown[model], measured(value["value"], value["stderr"])]
                 if paired:
                     row += _difference(result["differences"].get(model, {}).get(task, {}).get(metric), decimal)
                 table.add_row(*row)
+            table.add_section()
+        tables.append(table)
     if paired:
-        table.caption = "p: McNemar's exact test, on the examples that one of the two has right"
-    return table
+        tables[-1].caption = "p: McNemar's exact test, on the examples that one of the two has right"
+    return Group(*tables)
 
 
 def _short(models: Sequence[str]) -> dict[str, str]:
-    """Last parts of the paths, where they tell the models apart."""
-    names = [printable(Path(model).name or model) for model in models]
-    return dict(zip(models, names if len(set(names)) == len(names) else map(printable, models), strict=True))
+    """The last part of a path or, of those that end alike, the parts that they do not share."""
+    parts = {model: Path(model).parts or (model,) for model in models}
+    names = dict[str, str]()
+    for model, own in parts.items():
+        alike = [other for other in parts.values() if other[-1] == own[-1]]
+        told = [part for part in own if not all(part in other for other in alike)]
+        names[model] = printable("/".join(told) if len(alike) > 1 else own[-1])
+    unique = len(set(names.values())) == len(names) and all(names.values())
+    return names if unique else {model: printable(model) for model in models}
 
 
 def _difference(found: Mapping[str, Any] | None, decimal: Any) -> list[str]:
