@@ -104,6 +104,21 @@ def test_outputs(corpus, killed_and_finished):
     assert all(line.stages == 0 for line in plan_cells(parse_config(settings(corpus)), out))
 
 
+def test_a_comparison_may_be_about_random_itself(corpus, tmp_path):
+    """What only ways to choose tokens are compared with: ``random`` is the method then, and no control besides."""
+    values = settings(corpus, method="random", controls=["random-token"], methods={}, fit={})
+    values["compare"] = {"seeds": 2, "workers": 1}
+    arms = compare(parse_config(values), tmp_path / "out")["variants"]["base"]["arms"]
+    assert list(arms) == ["warm", "random", "random-token", "full"]
+    assert arms["random"]["minus_random"]["mean"] is None
+    assert arms["full"]["minus_random"]["values"] == [
+        a - b for a, b in zip(arms["full"]["loss"]["values"], arms["random"]["loss"]["values"], strict=True)
+    ]
+    values |= {"controls": ["random"]}
+    with pytest.raises(BilectError, match="controls: random is what the run itself is about"):
+        compare(parse_config(values), tmp_path / "other")
+
+
 def test_a_variant_waits_while_another_shares_the_base(corpus, killed_and_finished, tmp_path):
     out, _, _ = killed_and_finished
     cell = next(c for c in cells(parse_config(settings(corpus)), out) if c.variant == "naive")

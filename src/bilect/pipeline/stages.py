@@ -196,8 +196,9 @@ def stage_keys(plan: Sequence[Stage]) -> dict[str, str]:
 
 
 def with_arms(config: Config, arms: Sequence[str]) -> Config:
-    """The config with further controls."""
-    return config.model_copy(update={"controls": tuple(dict.fromkeys([*config.controls, *arms]))})
+    """The config with further controls, where they are not its own method."""
+    further = (arm for arm in arms if arm != config.method)
+    return config.model_copy(update={"controls": tuple(dict.fromkeys([*config.controls, *further]))})
 
 
 def wanted(
