@@ -15,12 +15,14 @@ import torch
 from bilect import methods
 from bilect.errors import BilectError
 from bilect.functional.directional import central_step
-from bilect.methods.contract import DocumentMethod, Inputs
+from bilect.methods.contract import DocumentMethod, Inputs, Sizes
 from bilect.methods.influence import Influence
+from bilect.models.score_model import ScoreModel, ScoreModelConfig
 from tests.methods.planted import Counted, Killed, precision, store_of
 
 NAMES = [name for name in methods.names() if issubclass(methods.get(name), DocumentMethod)]
 INFORMED = [name for name in NAMES if methods.get(name).uses_upper]
+ENDS_EARLY = ("amortised", "excess")  # when what is held out is predicted no better
 SEEDS = (0, 1)
 TOLERANCE = 1e-5  # float32 passes over batches of other widths, in units of the scores' range
 
@@ -81,6 +83,32 @@ def test_scores_are_numbers_one_per_row(name: str, fitted: Callable[..., Fitted]
     flops = fit.figures["flops"], fit.method.score_flops(fit.inputs.pool, fit.inputs.rows)
     assert all(isinstance(f, float) and f >= 0 for f in flops)
     json.dumps(fit.figures)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_costs_are_foreseen(name: str, fitted: Callable[..., Fitted]) -> None:
+    fit = fitted(name, 0)
+    inputs, method = fit.inputs, fit.method
+    lengths = [store.length_R.mean() for _, _, store in inputs.upper]
+    proxy = inputs.load(inputs.proxy)
+    target = inputs.load(inputs.target or inputs.proxy)
+
+    def score_model(layers: int | None) -> ScoreModel:
+        return ScoreModel(ScoreModelConfig.on(proxy, layers=layers))
+
+    sizes = Sizes(
+        proxy, target, score_model, documents=len(inputs.rows), length=float(inputs.pool.length_R[inputs.rows].mean()),
+        upper=[(len(store), length) for (_, _, store), length in zip(inputs.upper, lengths, strict=True)],
+        upper_length=float(np.average(lengths, weights=[weight for _, weight, _ in inputs.upper])),
+        sources=len(set(inputs.pool.sources(inputs.rows))),
+    )  # fmt: skip
+    foreseen, done = method.foresee(sizes), fit.figures["flops"]
+    assert foreseen.score_flops == pytest.approx(method.score_flops(inputs.pool, inputs.rows), rel=1e-9)
+    if name in ENDS_EARLY:
+        assert 0.2 * foreseen.fit_flops < done < 1.01 * foreseen.fit_flops
+    else:
+        assert foreseen.fit_flops == pytest.approx(done, rel=0.05)  # samples have other lengths, batches a last part
+    assert (foreseen.fit_tokens > 0) == (foreseen.fit_flops > 0)
 
 
 @pytest.mark.parametrize("name", NAMES)

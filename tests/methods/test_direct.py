@@ -116,6 +116,17 @@ def test_a_small_upper_set_holds_out_enough_to_end_in_time(pool: Callable[[int],
     assert len(held_out) == 4 and sorted([*rows, *held_out]) == list(range(16))
 
 
+def test_of_a_large_upper_set_no_more_is_held_out_than_is_worth_its_cost(
+    pool: Callable[[int], Inputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = one_set(pool(0), tmp_path)
+    method = methods.make("excess", {"steps": 1, "held_out": 0.75})
+    method.fit(inputs, Counted())
+    assert [len(rows) for rows in method._split(inputs.upper[0][2])] == [4, 12]
+    monkeypatch.setattr("bilect.methods.excess.MOST_HELD_OUT", 6)
+    assert [len(rows) for rows in method._split(inputs.upper[0][2])] == [10, 6]
+
+
 def test_the_reference_is_the_best_on_what_it_does_not_learn(pool: Callable[[int], Inputs], tmp_path: Path) -> None:
     inputs = replace(pool(0), scratch=tmp_path)
     method = methods.make("excess", {"steps": 100, "learning_rate": 2e-2, "held_out": 0.25, "control": "pool"})

@@ -1,6 +1,6 @@
 """Runs, plans and selections as a person sees them: live progress, then a table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ from bilect.runtime.terminal import PlainConsole
 
 if TYPE_CHECKING:
     from bilect.cli.output import Result
+    from bilect.compare.plan import PlannedVariant
     from bilect.pipeline.plan import PlannedStage
 
 SHARES = ("pool_share", "kept_share", "kept_fraction")
@@ -146,8 +147,17 @@ def show_plan(lines: "Sequence[PlannedStage]", out: Path) -> "Result":
     console = PlainConsole()
     console.print(table)
     console.print("Tokens are estimated from samples of the files; times from a short probe of this machine.")
+    _tell_curves(console, left)
     return {"out": out, "stages": [asdict(line) for line in lines],
             "left": dict(zip(("tokens", "flops", "seconds"), sums, strict=True))}  # fmt: skip
+
+
+def _tell_curves(console: PlainConsole, lines: "Iterable[PlannedStage | PlannedVariant]") -> None:
+    """Say so where learning curves take more than a tenth of the time."""
+    curves = sum(line.curve_seconds for line in lines)
+    if curves > 0.1 * sum(line.seconds for line in lines):
+        console.print(f"Learning curves take about {_duration(curves)} of this; curve.every and curve.documents set "
+                      "how many points they have, and of how many documents.")  # fmt: skip
 
 
 def compare_with_progress(config_file: Path, out: Path, overrides: Sequence[str], *, repeat: bool = False) -> "Result":
@@ -197,7 +207,8 @@ def plan_comparison(config_file: Path, out: Path, overrides: Sequence[str]) -> "
                   f"{sum(n.flops for n in lines) / 1e12:,.2f}", _duration(sum(n.seconds for n in lines)))  # fmt: skip
     console = PlainConsole()
     console.print(table)
-    console.print("Times are of one run after the other, without those of choosing by other methods.")
+    console.print("Times are of one run after the other, from a short probe of this machine.")
+    _tell_curves(console, lines)
     return {"out": out, "variants": [asdict(line) for line in lines]}
 
 

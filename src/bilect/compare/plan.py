@@ -25,6 +25,7 @@ class PlannedVariant:
     stages: int
     flops: float
     seconds: float
+    curve_seconds: float
 
 
 def plan_cells(config: Config, out: Path) -> list[PlannedVariant]:
@@ -40,9 +41,8 @@ def plan_cells(config: Config, out: Path) -> list[PlannedVariant]:
         own = [c for c in found if c.variant == variant]
         costs = {s.name: s for s in plan_run(own[0].config, own[0].folder)}  # those of another seed are alike
         left = [costs[name] for cell in own for name in _left(cell, found)]
-        lines.append(
-            PlannedVariant(variant, len(own), len(left), sum(s.flops for s in left), sum(s.seconds for s in left))
-        )
+        flops, seconds, of_curves = (sum(getattr(s, k) for s in left) for k in ("flops", "seconds", "curve_seconds"))
+        lines.append(PlannedVariant(variant, len(own), len(left), flops, seconds, of_curves))
     return lines
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from bilect.data.tokens import TokenStore
-from bilect.methods.contract import C, DocumentMethod
+from bilect.methods.contract import C, DocumentMethod, Sizes
 from bilect.models.flops import forward_flops
 from bilect.models.loading import load_score_model
 from bilect.models.score_model import ScoreModel
@@ -31,6 +31,9 @@ class ScoreModelMethod(DocumentMethod[C]):
         """A forward pass of the score model."""
         tokens = float(store.length_R[rows].sum())
         return forward_flops(self.score_model, tokens, tokens / len(rows))
+
+    def _foreseen_scoring(self, sizes: Sizes, layers: int | None = None) -> float:
+        return forward_flops(sizes.score_model(layers), sizes.tokens, sizes.length)
 
     def _write(self, folder: Path) -> None:
         self.score_model.save_pretrained(folder / "score_model")

@@ -27,7 +27,7 @@ from bilect.errors import BilectError
 from bilect.functional.weights import robust_standardise
 from bilect.methods._resume import resume
 from bilect.methods._score_model import ScoreModelMethod
-from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
+from bilect.methods.contract import DocumentMethod, Figures, Foresight, MethodConfig, Sizes
 from bilect.models.flops import forward_flops
 from bilect.models.score_model import ScoreModel
 from bilect.runtime import distributed
@@ -86,6 +86,16 @@ class Amortised(ScoreModelMethod[AmortisedConfig]):
     name = "amortised"
     summary = "a small model learns another method's scores from a sample (ours, after arXiv 2406.06046)"
     Config = AmortisedConfig
+
+    def foresee(self, sizes: Sizes) -> Foresight:
+        """The other method's fit, its scores of the labelled documents, and all passes of the regression."""
+        config, labels = self.config, min(self.config.labels, sizes.documents)
+        taught = methods.make(config.of, config.settings).foresee(sizes)
+        score_model, tokens = sizes.score_model(config.layers), labels * sizes.length
+        of_pass = (3 * (1 - HELD_OUT) + HELD_OUT) * forward_flops(score_model, tokens, sizes.length)
+        flops = taught.fit_flops + taught.score_flops * labels / sizes.documents + config.epochs * of_pass
+        fit_tokens = taught.fit_tokens + (1 + config.epochs) * tokens
+        return Foresight(fit_tokens, flops, self._foreseen_scoring(sizes, config.layers))
 
     def _fit(self, task: Task) -> Figures:
         inputs, config = self.inputs, self.config

@@ -25,7 +25,7 @@ from bilect.errors import BilectError, DivergedError
 from bilect.methods._log import StepLog
 from bilect.methods._resume import resume
 from bilect.methods._score_model import ScoreModelMethod
-from bilect.methods.contract import Figures
+from bilect.methods.contract import Figures, Foresight, Sizes
 from bilect.models.loading import load_score_model
 from bilect.models.score_model import ScoreModel
 from bilect.runtime.checkpoints import Stateful, all_finite, save_parts
@@ -78,6 +78,14 @@ class BilevelMethod(ScoreModelMethod[B]):
         """All but what is carried over: in the first round there is nothing to carry."""
         settings = super().settings(number)
         return {k: v for k, v in settings.items() if number > 1 or k not in ("reset_proxy", "carry_score_model")}
+
+    def foresee(self, sizes: Sizes) -> Foresight:
+        """All steps of the fit, and a pass of the score model."""
+        lengths = {"lower_length": sizes.length, "upper_length": sizes.upper_length}
+        target = sizes.target if self.uses_target else None
+        flops = fit_flops(self.config, sizes.proxy, sizes.score_model(None), target, **lengths)
+        tokens = self.config.steps * self.config.lower_batch_size * sizes.length
+        return Foresight(tokens, flops, self._foreseen_scoring(sizes))
 
     def _fit(self, task: Task) -> Figures:
         inputs, config = self.inputs, self.config

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from bilect.data.tokens import TokenStore
 from bilect.engines import Engine, Here
 from bilect.errors import BilectError, reason
+from bilect.methods._sizes import Foresight, Sizes
 from bilect.models.loading import load_causal_lm
 from bilect.runtime import distributed
 from bilect.runtime.files import write_json
@@ -26,7 +27,18 @@ from bilect.runtime.progress import Task
 from bilect.runtime.seeds import derive_seed
 from bilect.runtime.sharding import shard
 
-__all__ = ["DocumentMethod", "Figures", "Inputs", "Method", "MethodConfig", "TokenMethod", "UpperSet", "saved_name"]
+__all__ = [
+    "DocumentMethod",
+    "Figures",
+    "Foresight",
+    "Inputs",
+    "Method",
+    "MethodConfig",
+    "Sizes",
+    "TokenMethod",
+    "UpperSet",
+    "saved_name",
+]
 
 Figures = dict[str, Any]
 UpperSet = tuple[str, float, TokenStore]  # name, weight, tokens
@@ -194,6 +206,10 @@ class DocumentMethod(Method[C]):
     def score_flops(self, store: TokenStore, rows: np.ndarray) -> float:
         """FLOPs of scoring ``rows``, counted as ``bilect.models.flops`` does."""
         return 0.0
+
+    def foresee(self, sizes: Sizes) -> Foresight:
+        """FLOPs as ``fit`` and ``score_flops`` will count them, before either; of a method without models none."""
+        return Foresight()
 
     def save(self, folder: Path) -> None:
         """Keep what was fitted in a folder."""

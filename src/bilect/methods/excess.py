@@ -31,7 +31,7 @@ from bilect.methods._steps import (
     upper_loss,
     upper_objective_of,
 )
-from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
+from bilect.methods.contract import DocumentMethod, Figures, Foresight, MethodConfig, Sizes
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
 from bilect.runtime.checkpoints import Stateful, save_parts
@@ -40,7 +40,8 @@ from bilect.training.evaluation import document_losses
 
 __all__ = ["Excess", "ExcessConfig"]
 
-LEAST_HELD_OUT, LOOKS, PATIENCE = 4, 10, 3
+LOOKS, PATIENCE = 10, 3
+LEAST_HELD_OUT, MOST_HELD_OUT = 4, 1024  # documents of a set: more would cost more than the training they end
 SHOWN_EVERY = 10  # steps between two losses on the screen: to show one, a GPU is waited for
 
 
@@ -51,7 +52,9 @@ class ExcessConfig(MethodConfig):
     learning_rate: PositiveFloat = Field(5e-4, description="of AdamW")
     batch_size: PositiveInt = Field(16, description="upper documents of a step, over all ranks")
     learned: LearnedPart = Field("text", description="of the upper examples: whole texts, or the responses alone")
-    held_out: float = Field(0.2, ge=0, lt=1, description="share of the upper data that ends w's training; 0: none")
+    held_out: float = Field(
+        0.2, ge=0, lt=1, description="share of each upper set that ends w's training, at most 1,024 documents; 0: none"
+    )
     control: Literal["warm", "pool"] = Field("warm", description="u: the warm proxy, or after K steps on candidates")
 
 
@@ -77,6 +80,19 @@ class Excess(DocumentMethod[ExcessConfig]):
         """Two forward passes of the proxy."""
         tokens = float(store.length_R[rows].sum())
         return 2 * forward_flops(self.base, tokens, tokens / len(rows))
+
+    def foresee(self, sizes: Sizes) -> Foresight:
+        """With all K steps, and as many looks at what is held out."""
+        config, proxy = self.config, sizes.proxy
+        tokens = config.steps * config.batch_size * sizes.upper_length
+        flops = 3 * forward_flops(proxy, tokens, sizes.upper_length)
+        if config.control == "pool":
+            drawn = config.steps * config.batch_size * sizes.length
+            tokens, flops = tokens + drawn, flops + 3 * forward_flops(proxy, drawn, sizes.length)
+        held_out = [min(config.held_out * documents, MOST_HELD_OUT) * length for documents, length in sizes.upper]
+        looked_at = min(LOOKS, config.steps) * sum(held_out)
+        flops += forward_flops(proxy, looked_at, sizes.upper_length)
+        return Foresight(tokens + looked_at, flops, 2 * forward_flops(proxy, sizes.tokens, sizes.length))
 
     def _fit(self, task: Task) -> Figures:
         inputs, config = self.inputs, self.config
@@ -124,7 +140,7 @@ class Excess(DocumentMethod[ExcessConfig]):
     def _split(self, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
         """Rows of an upper set that w learns, and those held out."""
         order = np.random.default_rng(self.inputs.derive("excess held out")).permutation(len(store))
-        held_out = int(self.config.held_out * len(store))
+        held_out = min(int(self.config.held_out * len(store)), MOST_HELD_OUT)
         if held_out and len(store) >= 2 * LEAST_HELD_OUT:  # of a small set more than its share, or w learns it by heart
             held_out = max(held_out, LEAST_HELD_OUT)
         return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -9,6 +9,7 @@ order it is by how much steps on the document at the checkpoints lower f. No gra
 see ``functional.directional``.
 """
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from bilect.functional.trees import Tree
 from bilect.methods._influence import warm_adam
 from bilect.methods._resume import resume
 from bilect.methods._steps import LearnedPart, Steps, pool_batches, pool_objective, upper_batches, upper_gradient
-from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
+from bilect.methods.contract import DocumentMethod, Figures, Foresight, MethodConfig, Sizes
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
 from bilect.runtime.checkpoints import Stateful, load_state, save_parts, save_state
@@ -82,6 +83,16 @@ class Influence(DocumentMethod[InfluenceConfig]):
         """Two forward passes of the proxy per checkpoint; the other ways cost about the same."""
         tokens = float(store.length_R[rows].sum())
         return 2 * len(self.pairs) * forward_flops(self.inputs.warm_proxy, tokens, tokens / len(rows))
+
+    def foresee(self, sizes: Sizes) -> Foresight:
+        """Steps and one direction at each checkpoint."""
+        config, proxy, times = self.config, sizes.proxy, self.config.checkpoints
+        tokens = times * config.steps * config.batch_size * sizes.length
+        some = min(config.upper_documents, sum(documents for documents, _ in sizes.upper))
+        of_upper = times * math.ceil(some / config.batch_size) * config.batch_size * sizes.upper_length
+        flops = forward_flops(proxy, tokens, sizes.length) + forward_flops(proxy, of_upper, sizes.upper_length)
+        scoring = 2 * times * forward_flops(proxy, sizes.tokens, sizes.length)
+        return Foresight(tokens + of_upper, 3 * flops, scoring)
 
     @cached_property
     def _lm(self) -> CausalLM:

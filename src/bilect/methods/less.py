@@ -21,7 +21,7 @@ from bilect.data.tokens import TokenStore
 from bilect.errors import BilectError
 from bilect.functional.trees import Tree
 from bilect.methods._influence import Adam, document_gradient, warm_adam
-from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
+from bilect.methods.contract import DocumentMethod, Figures, Foresight, MethodConfig, Sizes
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
 from bilect.runtime import distributed
@@ -74,6 +74,13 @@ class Less(DocumentMethod[LessConfig]):
         tokens = float(store.length_R[rows].sum())
         passes = [3 * forward_flops(lm.model, tokens, tokens / len(rows)) for _, lm, _, _ in self._checkpoints()]
         return sum(passes)
+
+    def foresee(self, sizes: Sizes) -> Foresight:
+        """All upper documents and all candidates, at each checkpoint."""
+        proxy, times = sizes.proxy, 3 * max(len(self.config.checkpoints), 1)
+        fit = sum(forward_flops(proxy, documents * length, length) for documents, length in sizes.upper)
+        scoring = times * forward_flops(proxy, sizes.tokens, sizes.length)
+        return Foresight(sizes.upper_tokens, times * fit, scoring)
 
     def _fit(self, task: Task) -> Figures:
         features = []

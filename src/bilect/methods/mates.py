@@ -26,7 +26,7 @@ from bilect.functional.weights import standardise
 from bilect.methods._influence import Adam, document_gradient, warm_adam
 from bilect.methods._resume import resume
 from bilect.methods._score_model import ScoreModelMethod
-from bilect.methods.contract import Figures, MethodConfig
+from bilect.methods.contract import Figures, Foresight, MethodConfig, Sizes
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
 from bilect.models.score_model import ScoreModel
@@ -59,6 +59,18 @@ class Mates(ScoreModelMethod[MatesConfig]):
     name = "mates"
     summary = "a small model regresses the measured influence of probe documents (arXiv 2406.06046)"
     Config = MatesConfig
+
+    def foresee(self, sizes: Sizes) -> Foresight:
+        """Each probe's step and what f is after it, then the regression."""
+        config = self.config
+        probes = min(config.probes, sizes.documents)
+        looked_at = [(min(config.upper_documents, documents), length) for documents, length in sizes.upper]
+        upper_tokens, tokens = sum(n * length for n, length in looked_at), probes * sizes.length
+        upper_length = upper_tokens / max(sum(n for n, _ in looked_at), 1)
+        flops = 3 * forward_flops(sizes.proxy, tokens, sizes.length)
+        flops += (probes + 1) * forward_flops(sizes.proxy, upper_tokens, upper_length)
+        flops += 3 * config.regression_epochs * forward_flops(sizes.score_model(None), tokens, sizes.length)
+        return Foresight(tokens + (probes + 1) * upper_tokens, flops, self._foreseen_scoring(sizes))
 
     def _fit(self, task: Task) -> Figures:
         inputs, config = self.inputs, self.config

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from bilect.data.tokens import TokenStore
-from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
+from bilect.methods.contract import DocumentMethod, Figures, Foresight, MethodConfig, Sizes
 from bilect.models.flops import forward_flops
 from bilect.runtime import distributed
 from bilect.runtime.progress import Task
@@ -54,6 +54,12 @@ class Perplexity(DocumentMethod[PerplexityConfig]):
         """A forward pass of the proxy."""
         tokens = float(store.length_R[rows].sum())
         return forward_flops(self.inputs.warm_proxy, tokens, tokens / len(rows))
+
+    def foresee(self, sizes: Sizes) -> Foresight:
+        """The sample, where F is needed, and a pass over all."""
+        some = min(self.config.sample, sizes.documents) if self.config.keep == "middle" else 0
+        fit, scoring = (forward_flops(sizes.proxy, n * sizes.length, sizes.length) for n in (some, sizes.documents))
+        return Foresight(some * sizes.length, fit, scoring)
 
     def _fit(self, task: Task) -> Figures:
         if self.config.keep != "middle":

@@ -34,7 +34,7 @@ from bilect.errors import BilectError, DivergedError
 from bilect.functional.trees import add_scaled, scale
 from bilect.methods._noise import gumbel
 from bilect.methods._resume import resume
-from bilect.methods.contract import DocumentMethod, Figures, MethodConfig
+from bilect.methods.contract import DocumentMethod, Figures, Foresight, MethodConfig, Sizes
 from bilect.models.causal_lm import CausalLM
 from bilect.models.flops import forward_flops
 from bilect.runtime import distributed
@@ -78,6 +78,15 @@ class Tandem(DocumentMethod[TandemConfig]):
             )
         log_G = np.array([np.log(self.weights[s]) - np.log(self.tokens[s]) for s in sources])
         return log_G[code_R] + gumbel(derive_seed(self.inputs.seed, "tandem"), store.doc_ids(rows))
+
+    def foresee(self, sizes: Sizes) -> Foresight:
+        """Steps of two models and of the weights; scores cost nothing."""
+        config = self.config
+        lower = config.documents_per_source * sizes.sources * sizes.length
+        upper = config.upper_batch_size * sizes.upper_length
+        flops = 6 * forward_flops(sizes.proxy, lower, sizes.length)
+        flops += 3 * forward_flops(sizes.proxy, upper, sizes.upper_length)
+        return Foresight(config.steps * (lower + upper), config.steps * flops)
 
     def _fit(self, task: Task) -> Figures:
         inputs, config = self.inputs, self.config

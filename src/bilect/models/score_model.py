@@ -38,6 +38,20 @@ class ScoreModelConfig(PreTrainedConfig):
         self.head = head
         super().__init__(**more)
 
+    @classmethod
+    def on(
+        cls, model: PreTrainedModel, head: Literal["sigmoid", "linear"] = "sigmoid", layers: int | None = None
+    ) -> "ScoreModelConfig":
+        """With the trunk of a causal LM, or its first blocks; see ``ScoreModel.from_causal_lm``."""
+        trunk = copy.deepcopy(getattr(model, model.base_model_prefix).config)
+        text_config = trunk.get_text_config()
+        if layers is not None and layers < text_config.num_hidden_layers:
+            text_config.num_hidden_layers = layers
+            if getattr(text_config, "layer_types", None):  # models whose blocks differ
+                text_config.layer_types = text_config.layer_types[:layers]
+        left_out = ("architectures", "transformers_version")
+        return cls(trunk={k: v for k, v in trunk.to_dict().items() if k not in left_out}, head=head)
+
 
 @dataclass
 class ScoreOutput(ModelOutput):
@@ -92,16 +106,8 @@ class ScoreModel(PreTrainedModel):
             head: see ``ScoreModelConfig``.
             layers: how many of the trunk's blocks are kept, the first ones; None: all.
         """
-        trunk = getattr(model, model.base_model_prefix)
-        trunk_config = copy.deepcopy(trunk.config)
-        text_config = trunk_config.get_text_config()
-        if layers is not None and layers < text_config.num_hidden_layers:
-            text_config.num_hidden_layers = layers
-            if getattr(text_config, "layer_types", None):  # models whose blocks differ
-                text_config.layer_types = text_config.layer_types[:layers]
-        config = {k: v for k, v in trunk_config.to_dict().items() if k not in ("architectures", "transformers_version")}
-        score_model = cls(ScoreModelConfig(trunk=config, head=head))
-        state = trunk.state_dict()
+        score_model = cls(ScoreModelConfig.on(model, head, layers))
+        state = getattr(model, model.base_model_prefix).state_dict()
         score_model.trunk.load_state_dict({name: state[name].clone() for name in score_model.trunk.state_dict()})
         with torch.no_grad():
             score_model.linear.weight.normal_(std=0.02, generator=generator)
