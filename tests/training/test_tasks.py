@@ -434,7 +434,7 @@ def test_a_run_evaluates_its_models(examples, tmp_path, monkeypatch):
     data.write_text(before)
     later = to_do(rounds=2)
     assert "round 2: tasks bliss" in later and "round 1: tasks bliss" not in later
-    monkeypatch.setattr("bilect.pipeline.plan.PROBE_FLOPS", {"cpu": 1e7})
+    monkeypatch.setattr("bilect.pipeline.costs.PROBE_FLOPS", {"cpu": 1e7})
     assert next(p.flops for p in plan_run(config, out) if p.name == "tasks warm") == 0
 
     wrong = tmp_path / "wrong.yaml"
