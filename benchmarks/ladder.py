@@ -78,9 +78,9 @@ def table(arms: Arms, loss_on: str) -> list[dict[str, Any]]:
 def overlap(arms: Arms, place: Place) -> float | None:
     """Jaccard index with what the largest proxy keeps by the same method for the smallest target, mean over seeds."""
     _, method, proxy = place
-    every = [other for other in arms if other[1] == method and other[2]]
-    if not proxy or not every:
+    if not proxy:
         return None
+    every = [other for other in arms if other[1] == method and other[2]]
     of = arms[min(every, key=lambda other: (-size(other[2]), size(other[0])))]
     pairs = [(arm.kept, of[seed].kept) for seed, arm in arms[place].items() if seed in of]
     return fmean(len(a & b) / len(a | b) for a, b in pairs) if pairs else None

@@ -26,7 +26,7 @@ def check_output(
     base: nn.Module,
     trunk: nn.Module,
     head: nn.Module,
-    ids_BT: Tensor,
+    n_ids: int,
     *,
     form: tuple[float, float | None],
     product: Callable[[Tensor], Tensor] | None,
@@ -40,7 +40,7 @@ def check_output(
         base: the causal LM, in evaluation mode.
         trunk: what gives the last hidden states.
         head: the output head.
-        ids_BT: any tokens.
+        n_ids: that it knows.
         form: as of ``scale_and_cap``.
         product: what the head gives for its input, ``h W' + b``; None: it is more than one matrix, and taken as it is.
 
@@ -51,6 +51,7 @@ def check_output(
         BilectError: there are no logits, they do not come from the head, or they are made in another way.
     """
     seen: dict[str, Tensor] = {}
+    ids_BT = torch.arange(1, 5, device=next(base.parameters()).device)[None] % n_ids
 
     def at_trunk(module: nn.Module, args: Any, output: Any) -> None:
         seen["hidden"] = output.last_hidden_state
