@@ -15,8 +15,7 @@ from typing import Any
 from bilect.compare.figures import arm_inks
 from bilect.compare.page import interval
 from bilect.report.svg import COLOURS, drawing, new_figure, to_svg
-
-PLAIN = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{EM DASH}": "-"})
+from bilect.report.wording import markdown_row
 
 
 def main() -> None:
@@ -38,13 +37,13 @@ def table(variant: dict[str, Any]) -> list[str]:
     others = [name for name in arms["warm"]["heldout"] if name != target]
     columns = [(name, key) for name in (target, *others) for key in ("minus_warm", "minus_random")]
     heads = [f"{name}, {key.replace('_', ' ')}" for name, key in columns]
-    lines = [" | ".join(["| arm", target, *heads, "seconds", "TFLOPs |"]), "|---" * (len(heads) + 4) + "|"]
+    lines = [markdown_row("arm", target, *heads, "seconds", "TFLOPs"), "|---" * (len(heads) + 4) + "|"]
     for arm in sorted(arms, key=lambda a: arms[a]["heldout"][target]["loss"]["mean"]):
         own, cost = arms[arm]["heldout"], arms[arm]["cost"]
         cells = [arm, f"{own[target]['loss']['mean']:.4f}", *(interval(own[name][key]) for name, key in columns)]
         spent = [cost["choosing"][key]["mean"] + cost["training"][key]["mean"] for key in ("seconds", "flops")]
-        lines.append("| " + " | ".join([*cells, f"{spent[0]:.0f}", f"{spent[1] / 1e12:.0f}"]) + " |")
-    return [line.translate(PLAIN) for line in lines]
+        lines.append(markdown_row(*cells, f"{spent[0]:.0f}", f"{spent[1] / 1e12:.0f}"))
+    return lines
 
 
 def figure(variant: dict[str, Any], elsewhere: str) -> str:

@@ -28,7 +28,7 @@ from bilect.training import evaluation
 from bilect.training.curve import HeldoutCurve
 from bilect.training.train import NotANumberError, Online, forget_training, train
 
-__all__ = ["PROBE_DOCUMENTS", "evaluate", "fidelity", "publish", "train_arm", "warm_up"]
+__all__ = ["PROBE_DOCUMENTS", "evaluate", "fidelity", "online_of", "publish", "train_arm", "warm_up"]
 
 PROBE_DOCUMENTS = 256
 
@@ -73,7 +73,7 @@ def train_arm(run: RunContext, scratch: Path, number: int, arm: str) -> Figures:
         decayed=True,
         start_from=run.training_of(start),
         weight_R=pool.weight_R if whole_shard else None,
-        online=_online(run, arm),
+        online=online_of(run, arm),
         curve=_curve(run),
     )
 
@@ -87,7 +87,8 @@ def _curve(run: RunContext) -> HeldoutCurve | None:
     )
 
 
-def _online(run: RunContext, arm: str) -> Online | None:
+def online_of(run: RunContext, arm: str) -> Online | None:
+    """How an arm's training chooses tokens; None where it learns all of them."""
     config = run.config.online_of(arm)
     if config is None:
         return None

@@ -17,6 +17,12 @@ LONG_ARMS = {
 }
 OWN = ("excess", "bliss")  # whose choice is called bilect's
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_HYPHENS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{EM DASH}": "-"})
+
+
+def markdown_row(*cells: str) -> str:
+    """A row of a table in Markdown, whose minus signs and dashes are hyphens: it is copied into other text."""
+    return f"| {' | '.join(cells)} |".translate(_HYPHENS)
 
 
 def arm_name(arm: str) -> str:
