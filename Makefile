@@ -1,6 +1,5 @@
 # Every target sets up what it needs by itself, in .venv. Another interpreter: make PYTHON=python3.12 demo
 PYTHON ?= python3
-BENCH ?= $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -9,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-versi
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check format bench docs install clean
+.PHONY: help demo test check format docs install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,9 +28,6 @@ check: $(VENV)/.dev ## lint, formatting, types, layers
 format: $(VENV)/.dev ## rewrite the sources as `make check` wants them
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-
-bench: $(VENV)/.dev ## every script in benchmarks/ (one: make bench BENCH=benchmarks/NAME.py)
-	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 docs: $(VENV)/.docs ## the site of the documentation: site/index.html; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
