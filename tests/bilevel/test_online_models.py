@@ -92,6 +92,18 @@ def test_autocast() -> None:
     assert distance(a.own, b.own) < 0.3 * distance(a.own, start)
 
 
+def test_lora_on_the_head_learns_under_autocast() -> None:
+    """The pass without gradient that chooses the tokens leaves no weight behind for the pass that learns them."""
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(small(dtype=torch.float32), settings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = selector_for(model).loss(model, BATCHES[0])
+    loss.backward()
+    learning = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lm_head" in name for name in learning)
+    assert all(gradient is not None and bool(gradient.any()) for gradient in learning.values())
+
+
 def test_reference_in_bfloat16_is_trained_in_full_precision() -> None:
     plain, model = small(dtype=torch.float32), small(dtype=torch.float32)
     full, half = selector_for(plain), selector_for(model, reference_dtype=torch.bfloat16)

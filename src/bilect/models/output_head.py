@@ -77,6 +77,7 @@ def check_output(
     finally:
         for hook in hooks:
             hook.remove()
+        torch.clear_autocast_cache()  # of copies of the weights that in torch 2.6 no gradient reaches
     name = type(base).__name__
     if logits is None or len(seen) < 5:
         raise BilectError(f"{name} gives no logits, or not by its output head; bilect cannot tell its token losses")

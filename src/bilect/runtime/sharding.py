@@ -42,7 +42,14 @@ __all__ = [
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Spread the weights of a transformers model over all ranks, in place; they go to ``device`` layer by layer."""
+    """Spread the weights of a transformers model over all ranks, in place; they go to ``device`` layer by layer.
+
+    Raises:
+        BilectError: FSDP2 of this PyTorch needs a GPU.
+    """
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise BilectError(f"models.shard: PyTorch {torch.__version__} shards models on GPUs only; install a newer one, "
+                          "or set it to false")  # fmt: skip
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     layers = set(getattr(model, "_no_split_modules", None) or ())
     for module in [m for m in model.modules() if type(m).__name__ in layers]:

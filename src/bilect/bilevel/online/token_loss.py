@@ -160,6 +160,7 @@ class TokenForward:
             if callable(weight):
                 with torch.no_grad():
                     weight_N = weight(self._all_losses(hidden_PD, head, batch))
+                    torch.clear_autocast_cache()  # as in ``losses``
             else:
                 weight_N = weight
             kept = torch.nonzero(weight_N)[:, 0]
