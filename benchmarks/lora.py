@@ -14,11 +14,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel
+from peft import LoraConfig, inject_adapter_in_model
 
 from bilect.compare.page import interval
 from bilect.compare.statistics import estimate
@@ -57,8 +56,8 @@ def main() -> None:
                 print(f"{file.stem}: {json.dumps(result)}", flush=True)
             found.setdefault((arm, name), {})[run.config.seed] = json.loads(file.read_text(encoding="utf-8"))
             if (own := run.root / run.target_folder(arm, 1)).is_dir():
-                found.setdefault((arm, ALL), {})[run.config.seed] = losses(own.with_name("eval.json"))
-        found.setdefault(("warm", ""), {})[run.config.seed] = losses(run.root / "warmup/eval.json")
+                found.setdefault((arm, ALL), {})[run.config.seed] = losses_of(own.with_name("eval.json"))
+        found.setdefault(("warm", ""), {})[run.config.seed] = losses_of(run.root / "warmup/eval.json")
     print("\n".join(table(found)))
 
 
@@ -72,31 +71,29 @@ def adapted(run: RunContext, arm: str, rank: int, learning_rate: float, scratch:
     scratch.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)  # of the adapter's first weights
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(run.load(WARM_TARGET), lora)
+    model: Any = inject_adapter_in_model(lora, run.load(WARM_TARGET))  # still a causal LM of transformers
     begin = time.perf_counter()
     with run.progress.task(arm) as task:
         train(
-            cast(PreTrainedModel, model), pool, run.shard(1, len(pool)), scratch, settings, task=task, seed=seed,
+            model, pool, run.shard(1, len(pool)), scratch, settings, task=task, seed=seed,
             context=run.config.data.context, checkpoint_every=settings.steps, weight_R=pool.weight_R,
             device=run.device, online=online,
         )  # fmt: skip
     seconds = time.perf_counter() - begin
     forget_training(scratch)
-    merged = model.merge_and_unload()
-    precision = {"bf16": run.config.training.bf16}
-    stores = run.heldout_sets().items()
-    batch = run.config.score_batch_tokens
-    return {n: evaluate(merged, s, run.pad_id, batch, **precision).loss for n, s in stores} | {"seconds": seconds}
+    batch, bf16 = run.config.score_batch_tokens, run.config.training.bf16
+    losses = {n: evaluate(model, s, run.pad_id, batch, bf16=bf16).loss for n, s in run.heldout_sets().items()}
+    return losses | {"seconds": seconds, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
-def losses(file: Path) -> dict[str, float]:
+def losses_of(file: Path) -> dict[str, float]:
     """Held-out losses of a run's own arm."""
     return {name: found["loss"] for name, found in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
 def table(found: Mapping[tuple[str, str], Mapping[int, Mapping[str, float]]]) -> list[str]:
     """Markdown: losses by seed, and less those of ``full`` with as many weights, paired by seed."""
-    sets = [name for name in next(iter(found.values()))[min(next(iter(found.values())))] if name != "seconds"]
+    sets = list(next(iter(found["warm", ""].values())))
     heads = [part for name in sets for part in (name, "minus full")]
     lines = [markdown_row("arm", "what learns", *heads, "seconds"), "|---" * (len(heads) + 3) + "|"]
     for (arm, learns), own in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):

@@ -18,24 +18,33 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     write_corpus(folder)
     values = tiny_settings(folder, controls=[])
-    values["training"] |= {"steps": 24, "decay_steps": 0, "schedule": "cosine"}
+    values["training"] |= {"steps": 60, "decay_steps": 0, "schedule": "cosine"}
     values["warmup"]["target"] |= {"decay_steps": 0}
+    values["models"]["target"] = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "tie_word_embeddings": True,
+    }
     values["online"] = {"sync_every": 4, "reference_steps": 3, "upper_batch_size": 2}
     run(parse_config(values), folder / "run", command="train", arms=["full", "blade"])
     return folder / "run"
 
 
 def test_arms_of_a_run_once_more_with_adapters(trained, tmp_path, monkeypatch, capsys):
-    words = ["lora", str(trained), "--rank", "2", "--learning-rate", "0.01", "--out", str(tmp_path)]
+    words = ["lora", str(trained), "--rank", "2", "--learning-rate", "0.003", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
     lora.main()
     first = capsys.readouterr().out
-    full, blade = (json.loads((tmp_path / f"{arm}-0-2-0.01.json").read_text()) for arm in ("full", "blade"))
+    full, blade = (json.loads((tmp_path / f"{arm}-0-2-0.003.json").read_text()) for arm in ("full", "blade"))
     warm, own = (json.loads((trained / p).read_text())["heldout"]["loss"]
                  for p in ("warmup/eval.json", "controls/full/round-1/eval.json"))  # fmt: skip
+    assert full["trained"] == 2 * (4 * (16 + 16) + 3 * (16 + 32))  # rank 2, four square matrices and three others
     assert full["heldout"] < warm and full["heldout"] != blade["heldout"] and full["heldout"] != own
     for line in (f"| full | all weights | {own:.4f} |", f"| warm | - | {warm:.4f} |",
-                 f"| full | LoRA, rank 2, 0.01 | {full['heldout']:.4f} |"):  # fmt: skip
+                 f"| full | LoRA, rank 2, 0.003 | {full['heldout']:.4f} |"):  # fmt: skip
         assert line in first
     monkeypatch.setattr(lora, "adapted", None)  # nothing is trained twice
     lora.main()
