@@ -15,7 +15,7 @@ from typing import Any
 from bilect.compare.figures import arm_inks
 from bilect.compare.page import interval
 from bilect.report.svg import COLOURS, drawing, new_figure, to_svg
-from bilect.report.wording import markdown_row
+from bilect.report.wording import markdown_table
 
 
 def main() -> None:
@@ -37,13 +37,13 @@ def table(variant: dict[str, Any]) -> list[str]:
     others = [name for name in arms["warm"]["heldout"] if name != target]
     columns = [(name, key) for name in (target, *others) for key in ("minus_warm", "minus_random")]
     heads = [f"{name}, {key.replace('_', ' ')}" for name, key in columns]
-    lines = [markdown_row("arm", target, *heads, "seconds", "TFLOPs"), "|---" * (len(heads) + 4) + "|"]
+    rows = []
     for arm in sorted(arms, key=lambda a: arms[a]["heldout"][target]["loss"]["mean"]):
         own, cost = arms[arm]["heldout"], arms[arm]["cost"]
         cells = [arm, f"{own[target]['loss']['mean']:.4f}", *(interval(own[name][key]) for name, key in columns)]
         spent = [cost["choosing"][key]["mean"] + cost["training"][key]["mean"] for key in ("seconds", "flops")]
-        lines.append(markdown_row(*cells, f"{spent[0]:.0f}", f"{spent[1] / 1e12:.0f}"))
-    return lines
+        rows.append([*cells, f"{spent[0]:.0f}", f"{spent[1] / 1e12:.0f}"])
+    return markdown_table(["arm", target, *heads, "seconds", "TFLOPs"], rows)
 
 
 def figure(variant: dict[str, Any], elsewhere: str) -> str:

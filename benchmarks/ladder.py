@@ -21,7 +21,7 @@ from bilect.compare.statistics import estimate
 from bilect.config import load_config
 from bilect.methods import methods_of
 from bilect.report.lines import Lines, lines_figure
-from bilect.report.wording import markdown_row
+from bilect.report.wording import markdown_table
 
 Place = tuple[str, str, str]  # target, method, proxy; "" where a method uses none
 Arms = Mapping[Place, Mapping[int, Arm]]  # by seed
@@ -37,13 +37,13 @@ def main() -> None:
     rows = table(read(args.comparison), args.loss_on)
     minus = [f"minus {name}" for name in BASELINES]
     head = ["target", "method", "proxy", "seeds", args.loss_on, *minus, "overlap", "TFLOPs of choosing"]
-    print(markdown_row(*head))
-    print("|---" * len(head) + "|")
+    lines = []
     for row in rows:
         cells = [row["target"], row["method"], row["proxy"] or "-", str(row["loss"]["n"]), f"{row['loss']['mean']:.3f}"]
         cells += [interval(row[name]) for name in minus]
         cells += ["-" if row["overlap"] is None else f"{row['overlap']:.2f}", f"{row['tflops']:.1f}"]
-        print(markdown_row(*cells))
+        lines.append(cells)
+    print("\n".join(markdown_table(head, lines)))
     if args.out is not None:
         args.out.write_text(figure(rows, args.loss_on), encoding="utf-8")
 

@@ -24,7 +24,7 @@ from bilect.compare.statistics import estimate
 from bilect.config import load_config
 from bilect.pipeline.context import WARM_TARGET, RunContext
 from bilect.pipeline.training import online_of
-from bilect.report.wording import markdown_row
+from bilect.report.wording import markdown_table
 from bilect.runtime.files import write_json
 from bilect.runtime.progress import SilentProgress
 from bilect.runtime.seeds import derive_seed
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def adapted(run: RunContext, arm: str, rank: int, learning_rate: float, scratch: Path) -> dict[str, float]:
-    """Held-out losses after an arm's training of an adapter, by set, and its ``seconds``."""
+    """Held-out losses after an arm's training of an adapter, by set, its ``seconds``, and the weights ``trained``."""
     settings = run.config.training.model_copy(update={"learning_rate": learning_rate})
     online, pool, seed = online_of(run, arm), run.pool(), derive_seed(run.config.seed, "train", 1)
     if online is not None:
@@ -95,7 +95,7 @@ def table(found: Mapping[tuple[str, str], Mapping[int, Mapping[str, float]]]) ->
     """Markdown: losses by seed, and less those of ``full`` with as many weights, paired by seed."""
     sets = list(next(iter(found["warm", ""].values())))
     heads = [part for name in sets for part in (name, "minus full")]
-    lines = [markdown_row("arm", "what learns", *heads, "seconds"), "|---" * (len(heads) + 3) + "|"]
+    rows = []
     for (arm, learns), own in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
         full = found.get(("full", learns), {}) if arm != "full" else {}
         cells = [arm, learns or "-"]
@@ -103,8 +103,8 @@ def table(found: Mapping[tuple[str, str], Mapping[int, Mapping[str, float]]]) ->
             cells.append(", ".join(f"{own[seed][name]:.4f}" for seed in sorted(own)))
             cells.append(interval(estimate([own[s][name] - full[s][name] for s in sorted(own) if s in full])))
         spent = estimate([own[s]["seconds"] for s in own if "seconds" in own[s]])["mean"]
-        lines.append(markdown_row(*cells, "-" if spent is None else f"{spent:.0f}"))
-    return lines
+        rows.append([*cells, "-" if spent is None else f"{spent:.0f}"])
+    return markdown_table(["arm", "what learns", *heads, "seconds"], rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from bilect.report.inputs import Json, mapping, number
 
 DASH = "–"
@@ -20,9 +22,10 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _HYPHENS = str.maketrans({"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{EM DASH}": "-"})
 
 
-def markdown_row(*cells: str) -> str:
-    """A row of a table in Markdown, whose minus signs and dashes are hyphens: it is copied into other text."""
-    return f"| {' | '.join(cells)} |".translate(_HYPHENS)
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown, whose minus signs and dashes are hyphens: it is copied into other text."""
+    first, *others = (f"| {' | '.join(cells)} |".translate(_HYPHENS) for cells in (head, *rows))
+    return [first, "|---" * len(head) + "|", *others]
 
 
 def arm_name(arm: str) -> str:

@@ -98,7 +98,6 @@ class Reference:
         source = dict(base.named_parameters())
         for k, p in self.own.items():
             distributed.local_part(p).copy_(distributed.local_part(source[k]))
-        torch.clear_autocast_cache()  # of copies of the weights before
         self._start()
 
     def _start(self) -> None:
