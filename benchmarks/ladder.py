@@ -96,17 +96,21 @@ def size(preset: str) -> float:
 
 def figure(rows: Sequence[Mapping[str, Any]], loss_on: str) -> str:
     """Gain over random and overlap against the size of the proxy; a method that uses none is as good at every size."""
-    sizes = sorted({size(row["proxy"]) for row in rows if row["proxy"]})
+
+    def millions(preset: str) -> float:
+        return size(preset) / 1e6
+
+    sizes = sorted({millions(row["proxy"]) for row in rows if row["proxy"]})
     gains, overlaps = dict[str, list[tuple[float, float]]](), dict[str, list[tuple[float, float]]]()
     for row in rows:
         if row["method"] == "random":
             continue
         name, loss = f"{row['method']} for {row['target']}", row["minus random"]["mean"]
-        places = [size(row["proxy"])] if row["proxy"] else [sizes[0], sizes[-1]]
+        places = [millions(row["proxy"])] if row["proxy"] else [sizes[0], sizes[-1]]
         gains.setdefault(name, []).extend((x, loss) for x in places)
         if row["overlap"] is not None:
-            overlaps.setdefault(name, []).append((size(row["proxy"]), row["overlap"]))
-    x = "parameters of the proxy"
+            overlaps.setdefault(name, []).append((millions(row["proxy"]), row["overlap"]))
+    x = "million parameters of the proxy"
     panels = [
         Lines("What the choice is worth", x, f"loss on {loss_on} less random's", gains),
         Lines("How the choice changes", x, "overlap with the largest proxy's choice", overlaps),

@@ -125,14 +125,21 @@ def test_gradients_of_some_inputs_only(wanted: tuple[bool, bool, bool]) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected, rtol=1e-10, atol=1e-10)
 
 
-def test_real_chunking_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": 140 * V})
+@pytest.mark.parametrize(
+    ("elements", "n", "chunks"),
+    [(140 * V, 300, [140, 140, 20]), (1, 600, [512, 88])],
+    ids=["head-in-the-caches", "head-larger"],
+)
+def test_real_chunking_holds_one_chunk_of_logits(
+    elements: int, n: int, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", {"cpu": elements})
     sizes: list[int] = []
     logits = Head.logits
     monkeypatch.setattr(Head, "logits", lambda self, h: (sizes.append(len(h)), logits(self, h))[1])
-    p = problem(n=300)
+    p = problem(n=n)
     loss, tokens = weighted_token_loss(p.hidden, p.head, p.labels, p.a)
-    assert sizes == [140, 140, 20]
+    assert sizes == chunks
     expected = plain_losses(p, "target_to_proxy")[0]
     torch.testing.assert_close(tokens.ce_N, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
